@@ -1,0 +1,33 @@
+"""The one exception for what a user can mend, and how a command reports it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Bad input. Its message is one line that names the thing and the way out; commands exit with code 2 on it."""
+
+
+def fail(message: str) -> NoReturn:
+    """Print ``error: message`` on one line to stderr and exit with code 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's ``main``; a :class:`UserError` ends it with one line on stderr and exit code 2.
+
+    Under a launcher every rank meets the same bad input: the line is prefixed by the rank wherever that is not rank 0.
+    """
+    try:
+        main()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        fail(str(error) if rank == "0" else f"rank {rank}: {error}")
+    except BrokenPipeError:  # `tool | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
