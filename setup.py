@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=["diffussm", "diffussm.*"]),
     package_data={"diffussm": ["configs/*.yaml"]},
     install_requires=[
-        "torch>=2.6",  # the model; fft in fp32, autocast, weights-only loading
+        "torch>=2.10",  # the model; fft in fp32, autocast, torch.cpu.get_capabilities
         "numpy>=1.26",
         "safetensors>=0.4",  # weights without pickles
         "jsonargparse>=4.30",  # dataclasses + YAML + dotted overrides

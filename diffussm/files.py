@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from diffussm.errors import UserError
 
 
 @contextmanager
@@ -55,11 +58,21 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary folders that :func:`atomic_path` left in ``folder`` when its process was killed.
+def hold_lock(path: str | Path) -> IO[str]:
+    """Lock a file for as long as the result is open; the system unlocks it however this process ends.
 
-    Call it only where nobody else writes into ``folder``.
+    Raises:
+        UserError: another process holds it; the line names that process.
     """
-    for path in Path(folder).glob(".*.*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")  # noqa: SIM115: open for as long as the lock is held
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(f"{Path(path).parent} is in use by {holder}: wait until it ends, or stop it") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

@@ -1,0 +1,258 @@
+"""A run's configuration: typed dataclasses, YAML in, dotted overrides on the command line, every check before work begins.
+
+--config fashion32              one of diffussm/configs/, or a path to a YAML file
+--train.lr 2e-4                 overrides one key of it
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import jsonargparse
+import yaml
+
+from diffussm.errors import UserError
+from diffussm.models.diffussm import ModelConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT = "fashion32"
+
+
+@dataclass
+class DiffusionConfig:
+    """The forward process and its labels.
+
+    Attributes:
+        steps: T, timesteps of the linear schedule.
+        label_drop: probability that a training image loses its class, for classifier-free guidance.
+    """
+
+    steps: int = 1000
+    label_drop: float = 0.1
+
+
+@dataclass
+class DataConfig:
+    """The latents.
+
+    Attributes:
+        path: folder of the training shards and their index.
+        reference: folder of the latents that samples are scored against.
+        prepare: a data set that is fetched and encoded when ``path`` has no index yet: fashion-mnist.
+        flip: mirror each image with probability 1/2.
+    """
+
+    path: str = "data/imagenet256/train"
+    reference: str | None = None
+    prepare: str | None = None
+    flip: bool = True
+
+
+@dataclass
+class SampleConfig:
+    """How the pictures that training draws, and by default `tools/sample.py`, are made.
+
+    Attributes:
+        sampler: ddim or ancestral.
+        steps: of the respaced schedule.
+        guidance: scale of classifier-free guidance; 1 is none.
+        grid: images of a training grid, spread over the classes.
+    """
+
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    steps: int = 250
+    guidance: float = 1.0
+    grid: int = 16
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation. All intervals are in images seen; the defaults are the paper's.
+
+    Attributes:
+        seed: of the weights, the order of the data and every draw.
+        total_images: where the run ends.
+        global_batch: images an optimizer step, over all ranks and accumulated micro-batches.
+        micro_batch: images a rank and forward pass; null: as many as need no accumulation.
+        precision: bf16 is autocast over fp32 weights; auto takes it where the hardware multiplies bf16, else fp32.
+        lr: learning rate of the dense weights.
+        ssm_lr: learning rate of the state space parameters; null: the same.
+        betas: of AdamW.
+        weight_decay: of the dense weights; the state space parameters have none.
+        clip: largest norm of the gradient; 0: no clipping.
+        warmup_images: the learning rate rises linearly over them.
+        decay_images: the learning rate falls linearly to 0 over the last of them; 0: constant.
+        ema_images: length of the weights' moving average. Decay 0.9999 at 256 images a step is 2.56e6.
+        log_images: between two records of the log.
+        checkpoint_images: between two checkpoints.
+        sample_images: between two grids of samples; 0: none.
+        keep_checkpoints: how many of the newest to keep.
+        resume: auto goes on from the run's newest complete checkpoint; none needs a new run; else a checkpoint's path.
+    """
+
+    seed: int = 0
+    total_images: int = 660_000_000
+    global_batch: int = 256
+    micro_batch: int | None = None
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    lr: float = 1e-4
+    ssm_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup_images: int = 0
+    decay_images: int = 0
+    ema_images: float = 2.56e6
+    log_images: int = 25_600
+    checkpoint_images: int = 1_280_000
+    sample_images: int = 1_280_000
+    keep_checkpoints: int = 2
+    resume: str = "auto"
+
+
+@dataclass
+class Config:
+    """Everything that a run is made from.
+
+    Attributes:
+        run: folder of the run: config.yaml, log.jsonl, tensorboard/, checkpoints/, samples/, scores.json.
+    """
+
+    run: str = "runs/default"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def check(self) -> None:
+        """Raise UserError, naming the key and a value that would do, on what cannot be trained."""
+        self.model.resolved()
+        train = self.train
+        for key, ok, want in (
+            ("diffusion.steps", self.diffusion.steps >= 2, "at least 2, usually 1000"),
+            ("diffusion.label_drop", 0 <= self.diffusion.label_drop < 1, "in [0, 1), usually 0.1"),
+            ("sample.steps", 1 <= self.sample.steps <= self.diffusion.steps, f"in 1..{self.diffusion.steps}"),
+            ("sample.grid", self.sample.grid >= 1, "at least 1"),
+            ("train.seed", 0 <= train.seed < 2**63, "in 0..2**63 - 1"),
+            (
+                "train.total_images",
+                train.total_images >= train.global_batch,
+                f"≥ train.global_batch {train.global_batch}",
+            ),
+            ("train.global_batch", train.global_batch >= 1, "at least 1"),
+            ("train.micro_batch", train.micro_batch is None or train.micro_batch >= 1, "at least 1, or null"),
+            ("train.lr", train.lr > 0, "positive"),
+            ("train.ssm_lr", train.ssm_lr is None or train.ssm_lr > 0, "positive, or null"),
+            ("train.weight_decay", train.weight_decay >= 0, "≥ 0"),
+            ("train.clip", train.clip >= 0, "≥ 0"),
+            ("train.warmup_images", train.warmup_images >= 0, "≥ 0"),
+            ("train.decay_images", 0 <= train.decay_images <= train.total_images, "in 0..train.total_images"),
+            ("train.ema_images", train.ema_images > 0, "positive"),
+            ("train.log_images", train.log_images >= 1, "at least 1"),
+            ("train.checkpoint_images", train.checkpoint_images >= 1, "at least 1"),
+            ("train.sample_images", train.sample_images >= 0, "≥ 0; 0 draws no samples"),
+            ("train.keep_checkpoints", train.keep_checkpoints >= 1, "at least 1"),
+        ):
+            if not ok:
+                section, name = key.split(".")
+                raise UserError(f"{key} {getattr(getattr(self, section), name)} must be {want}")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(to_dict(self), sort_keys=False)
+
+
+@dataclass
+class Launch:
+    """What the command line says beside the configuration: the path of DeepSpeed's own config."""
+
+    deepspeed: str
+    config: Config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON types."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def from_dict(values: dict[str, Any], cls: type = Config) -> Any:
+    """The inverse of :func:`to_dict`, for what a checkpoint or a run's folder holds."""
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls)}
+    if unknown := set(values) - known:
+        raise UserError(f"{cls.__name__} has no key {', '.join(sorted(unknown))}: made by another version of diffussm?")
+    return cls(**{k: from_dict(v, hints[k]) if is_dataclass(hints[k]) else v for k, v in values.items()})
+
+
+def parse(arguments: Sequence[str]) -> Launch:
+    """Parse the command line of training. Raises UserError, in one line, on anything that is not understood."""
+    parser = jsonargparse.ArgumentParser(
+        prog="train.py",
+        description="Train DiffuSSM. Example: deepspeed diffussm/train.py --deepspeed ds_configs/zero2.json --config fashion32",
+        exit_on_error=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", action="config", help=f"a name ({', '.join(config_names())}) or a YAML file")
+    parser.add_argument("--deepspeed", default="ds_configs/zero2.json", help="DeepSpeed's config, a JSON file")
+    parser.add_argument("--local_rank", type=int, help="set by launchers; the environment's LOCAL_RANK counts")
+    parser.add_class_arguments(Config)
+    try:
+        namespace = parser.parse_args(_resolve_config(list(arguments)))
+        config = parser.instantiate_classes(namespace)
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(_one_line(str(error))) from None
+    config = Config(**{f.name: config[f.name] for f in fields(Config)})
+    config.train.betas = tuple(config.train.betas)
+    config.check()
+    return Launch(namespace.deepspeed, config)
+
+
+def config_names() -> list[str]:
+    """The configurations that come with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def _resolve_config(arguments: list[str]) -> list[str]:
+    """The arguments with `--config NAME` as a path, first, and the default where none is given."""
+    value = DEFAULT
+    rest = []
+    iterator = iter(arguments)
+    for argument in iterator:
+        if argument == "--config":
+            value = next(iterator, "")
+        elif argument.startswith("--config="):
+            value = argument.split("=", 1)[1]
+        else:
+            rest.append(argument)
+    path = CONFIGS / f"{value}.yaml" if value in config_names() else Path(value)
+    if not path.is_file():
+        raise UserError(f"--config {value!r} is neither a file nor one of {', '.join(config_names())}")
+    return ["--config", os.fspath(path), *rest]
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message in one line, with the nearest key where one is unknown."""
+    message = " ".join(message.split())
+    unknown = re.search(r"unrecognized arguments: -*([\w.]+)", message)
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if unknown or in_group:
+        key = unknown.group(1) if unknown else ".".join(in_group.groups())
+        near = difflib.get_close_matches(key, known_keys(), n=1)
+        return f"unknown config key {key}: " + (f"did you mean {near[0]}?" if near else "see train.py --help")
+    return message
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    keys = []
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        keys += known_keys(hints[f.name], f"{prefix}{f.name}.") if is_dataclass(hints[f.name]) else [prefix + f.name]
+    return keys

@@ -1,0 +1,161 @@
+"""The network: latents in, predicted noise and covariance out. No attention, no patches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffussm.errors import UserError
+from diffussm.models.block import HourglassBlock, modulate
+
+PRESETS = {  # name: (width, depth). XL is the paper's; it names no other size: ours follow DiT's widths.
+    "Ti": (192, 12),
+    "S": (384, 12),
+    "B": (768, 12),
+    "L": (1024, 24),
+    "XL": (1152, 29),
+}
+FREQUENCIES = 256  # of the timestep embedding
+EMBEDDED_SIZE = (
+    32  # positions count as if the image had this many: 32×32 latents are the size of the paper's 256 px models
+)
+
+
+@dataclass
+class ModelConfig:
+    """The network's size. Latent channels and the number of classes come from the data set.
+
+    Attributes:
+        preset: Ti, S, B, L or XL, which set width and depth; or "custom".
+        width: D, channels of the residual stream; a multiple of 4. Set by the preset unless that is "custom".
+        depth: number of blocks. Set by the preset unless that is "custom".
+        hourglass: M, the factor by which dense layers see a shorter sequence; divides height × width of the latent.
+        state: N, state size of S4D, even.
+    """
+
+    preset: str = "XL"
+    width: int | None = None
+    depth: int | None = None
+    hourglass: int = 2
+    state: int = 64
+
+    def resolved(self) -> ModelConfig:
+        """The same size with width and depth filled in. Raises UserError on an impossible one."""
+        width, depth = self.width, self.depth
+        if self.preset in PRESETS:
+            if (width, depth) not in ((None, None), PRESETS[self.preset]):
+                raise UserError(
+                    f"model.preset {self.preset} already says width and depth: to choose them, set model.preset custom"
+                )
+            width, depth = PRESETS[self.preset]
+        elif self.preset != "custom":
+            raise UserError(f"model.preset {self.preset!r} is not one of {', '.join(PRESETS)}, custom")
+        if not width or not depth or width < 4 or width % 4 or depth < 1:
+            raise UserError(
+                f"model.preset custom needs model.width, a multiple of 4, and model.depth ≥ 1, not {width} and {depth}:"
+                " for example 128 and 6"
+            )
+        if self.hourglass < 1 or 2 * width % self.hourglass:
+            raise UserError(f"model.hourglass {self.hourglass} does not divide 2·width = {2 * width}: 2 does")
+        if self.state < 2 or self.state % 2:
+            raise UserError(f"model.state {self.state} is not an even number ≥ 2: S4D keeps conjugate pairs; use 64")
+        return ModelConfig(self.preset, width, depth, self.hourglass, self.state)
+
+
+class DiffuSSM(nn.Module):
+    """The attention-free denoiser (arXiv 2311.18257): ε and Σ of latents at timestep t, given a class.
+
+    Args:
+        config: the size.
+        channels: C, of the latent.
+        num_classes: 0 for an unconditional model; label ``num_classes`` is the null class of classifier-free guidance.
+    """
+
+    def __init__(self, config: ModelConfig, channels: int, num_classes: int) -> None:
+        super().__init__()
+        config = config.resolved()
+        width = config.width
+        self.config, self.channels, self.num_classes = config, channels, num_classes
+        self.embed = nn.Linear(channels, width)
+        self.fold = nn.Linear(config.hourglass * width, width)
+        self.time_mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.blocks = nn.ModuleList(HourglassBlock(width, config.hourglass, config.state) for _ in range(config.depth))
+        self.unfold = nn.Linear(width, config.hourglass * width)
+        self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.decode = nn.Linear(width, 2 * channels)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """adaLN-zero: every block starts as the identity, and the output as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for linear in (self.time_mlp[0], self.time_mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+        if self.class_embedding is not None:
+            nn.init.normal_(self.class_embedding.weight, std=0.02)
+        for linear in (*(block.modulation for block in self.blocks), self.final_modulation, self.decode):
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
+        """Predict noise and covariance.
+
+        Args:
+            x_BCHW: noisy latents; H·W a multiple of M.
+            t_B: timesteps, 0..999.
+            y_B: class labels, ``num_classes`` for none; None for all none, or for an unconditional model.
+
+        Returns:
+            [B, 2C, H, W] in fp32: ε, then v, the interpolation of the log variance.
+        """
+        batch, channels, height, width = x_BCHW.shape
+        if height * width % self.config.hourglass:
+            raise ValueError(f"{height}×{width} positions are not a multiple of M = {self.config.hourglass}")
+        tokens_BLD = self.embed(x_BCHW.flatten(2).transpose(1, 2))
+        tokens_BLD = tokens_BLD + position_embedding(height, width, tokens_BLD.shape[-1], x_BCHW.device)
+        x_BJD = self.fold(tokens_BLD.reshape(batch, -1, self.fold.in_features))
+
+        condition_BD = self.time_mlp(timestep_embedding(t_B))
+        if self.class_embedding is not None:
+            if y_B is None:
+                y_B = torch.full_like(t_B, self.num_classes)
+            condition_BD = condition_BD + self.class_embedding(y_B)
+        for block in self.blocks:
+            x_BJD = block(x_BJD, condition_BD)
+
+        tokens_BLD = self.unfold(x_BJD).view(batch, height * width, -1)
+        shift_BD, scale_BD = self.final_modulation(F.silu(condition_BD)).chunk(2, dim=-1)
+        out_BLC = self.decode(modulate(self.final_norm(tokens_BLD), shift_BD, scale_BD))
+        return out_BLC.float().transpose(1, 2).reshape(batch, 2 * channels, height, width)
+
+
+def timestep_embedding(t_B: Tensor) -> Tensor:
+    """Sinusoids of the timestep, [B] → [B, 256], periods from 2π to 2π·10⁴ (arXiv 1706.03762, section 3.5)."""
+    half = FREQUENCIES // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t_B.device) / half)
+    angles = t_B.float().unsqueeze(-1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_embedding(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    """Fixed 2-D sin-cos embedding in raster order, [H·W, dim], in coordinates relative to the image's size.
+
+    Relative, so that weights trained at 32×32 also run at 64×64. Half of the dimensions tell the row, half the column.
+    """
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 4, device=device) / (dim // 4))
+
+    def axis(size: int) -> Tensor:
+        angles = (torch.arange(size, device=device) + 0.5).mul(EMBEDDED_SIZE / size).unsqueeze(-1) * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # [size, dim/2]
+
+    rows = axis(height).unsqueeze(1).expand(-1, width, -1)
+    columns = axis(width).unsqueeze(0).expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
