@@ -1,4 +1,4 @@
-"""The package. ``pip install -e '.[train,eval,dev]'`` is what `make` does; requirements.txt holds the exact versions."""
+"""The package: ranges and extras. requirements.txt holds the exact versions that `make` installs."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ setup(
         "torch>=2.10",  # the model; fft in fp32, autocast, torch.cpu.get_capabilities
         "numpy>=1.26",
         "safetensors>=0.4",  # weights without pickles
-        "jsonargparse>=4.30",  # dataclasses + YAML + dotted overrides
+        "jsonargparse>=4.49",  # dataclasses + YAML + dotted overrides
         "pyyaml>=6",
         "pillow>=10",  # pictures
         "tqdm>=4.66",  # progress

@@ -1,4 +1,4 @@
-"""A run's configuration: typed dataclasses, YAML in, dotted overrides on the command line, every check before work begins.
+"""A run's configuration: typed dataclasses, YAML in, dotted overrides, every check before work begins.
 
 --config fashion32              one of diffussm/configs/, or a path to a YAML file
 --train.lr 2e-4                 overrides one key of it
@@ -122,10 +122,10 @@ class Config:
     """Everything that a run is made from.
 
     Attributes:
-        run: folder of the run: config.yaml, log.jsonl, tensorboard/, checkpoints/, samples/, scores.json.
+        run_dir: folder of the run: config.yaml, log.jsonl, tensorboard/, checkpoints/, samples/, scores.json.
     """
 
-    run: str = "runs/default"
+    run_dir: str = "runs/default"
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -195,7 +195,7 @@ def parse(arguments: Sequence[str]) -> Launch:
     """Parse the command line of training. Raises UserError, in one line, on anything that is not understood."""
     parser = jsonargparse.ArgumentParser(
         prog="train.py",
-        description="Train DiffuSSM. Example: deepspeed diffussm/train.py --deepspeed ds_configs/zero2.json --config fashion32",
+        description="Train DiffuSSM. example: deepspeed diffussm/train.py --config fashion32 --train.lr 1e-3",
         exit_on_error=False,
         default_env=False,
     )
@@ -205,7 +205,7 @@ def parse(arguments: Sequence[str]) -> Launch:
     parser.add_class_arguments(Config)
     try:
         namespace = parser.parse_args(_resolve_config(list(arguments)))
-        config = parser.instantiate_classes(namespace)
+        config = parser.instantiate(namespace)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(_one_line(str(error))) from None
     config = Config(**{f.name: config[f.name] for f in fields(Config)})
@@ -234,19 +234,35 @@ def _resolve_config(arguments: list[str]) -> list[str]:
     path = CONFIGS / f"{value}.yaml" if value in config_names() else Path(value)
     if not path.is_file():
         raise UserError(f"--config {value!r} is neither a file nor one of {', '.join(config_names())}")
+    _check_file(path)
     return ["--config", os.fspath(path), *rest]
 
 
+def _check_file(path: Path) -> None:
+    """Raise UserError unless a YAML file is a mapping of known keys; their values are the parser's to judge."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {_one_line(str(error))}") from None
+    for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+        section = any(known.startswith(f"{key}.") for known in known_keys())
+        if not key or (section and not isinstance(value, dict)):
+            raise UserError(f"{path}: {key or 'the file'} is not a mapping of keys to values")
+        for name in [f"{key}.{name}" for name in value] if section else [key]:
+            if name not in known_keys():
+                raise UserError(f"{path}: {_unknown(name)}")
+
+
 def _one_line(message: str) -> str:
-    """jsonargparse's message in one line, with the nearest key where one is unknown."""
+    """jsonargparse's message in one line."""
     message = " ".join(message.split())
     unknown = re.search(r"unrecognized arguments: -*([\w.]+)", message)
-    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    if unknown or in_group:
-        key = unknown.group(1) if unknown else ".".join(in_group.groups())
-        near = difflib.get_close_matches(key, known_keys(), n=1)
-        return f"unknown config key {key}: " + (f"did you mean {near[0]}?" if near else "see train.py --help")
-    return message
+    return _unknown(unknown.group(1)) if unknown else message
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, known_keys(), n=1)
+    return f"unknown config key {key}: " + (f"did you mean {near[0]}?" if near else "see train.py --help")
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> list[str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
+
+WAIT_FOR_RANK_0 = 10  # seconds; launchers look at their ranks more often than that
 
 
 class UserError(Exception):
@@ -21,12 +24,15 @@ def fail(message: str) -> NoReturn:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's ``main``; a :class:`UserError` ends it with one line on stderr and exit code 2.
 
-    Under a launcher every rank meets the same bad input: the line is prefixed by the rank wherever that is not rank 0.
+    Of many ranks that meet the same bad input one says so: the others wait for the launcher to end them, and speak up,
+    with their number, only if it does not.
     """
     try:
         main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(WAIT_FOR_RANK_0)
         fail(str(error) if rank == "0" else f"rank {rank}: {error}")
     except BrokenPipeError:  # `tool | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

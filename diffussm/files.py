@@ -65,7 +65,7 @@ def hold_lock(path: str | Path) -> IO[str]:
         UserError: another process holds it; the line names that process.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")  # noqa: SIM115: open for as long as the lock is held
+    file = open(path, "a+")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

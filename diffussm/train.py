@@ -16,18 +16,14 @@ from pathlib import Path
 from diffussm.config import parse
 from diffussm.data.prepare import prepare
 from diffussm.errors import run_command
+from diffussm.training.cluster import connect
+from diffussm.training.engine import read_ds_config
+from diffussm.training.trainer import Trainer
 
 
 def main() -> None:
     launch = parse(sys.argv[1:])
-
-    from diffussm.training.engine import read_ds_config  # imports torch: what can be refused is refused before
-
     ds_config = read_ds_config(launch.deepspeed)
-
-    from diffussm.training.cluster import connect
-    from diffussm.training.trainer import Trainer
-
     cluster = connect()
     data = launch.config.data
     if data.prepare and cluster.is_main:

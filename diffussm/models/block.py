@@ -1,4 +1,4 @@
-"""The gated bidirectional hourglass block: dense layers at length J = L/M, the state space layer at the full length L."""
+"""The gated hourglass block: dense layers at length J = L/M, the state space layer at the full length L."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 
 
 class HourglassBlock(nn.Module):
-    """The DiffuSSM block (arXiv 2311.18257, section 3.2), with adaLN-zero conditioning. 13 D² weights in W0..W3 at M = 2.
+    """The DiffuSSM block (arXiv 2311.18257, section 3.2) with adaLN-zero; 13 D² weights in W0..W3 at M = 2.
 
     For input I in R^{J×D}, position l = jM + k of the full sequence and s = GELU:
 

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a forward pass, counted from the formulas. The literature's "Gflops" are these MACs, not 2× them."""
+"""Multiply-accumulates of a forward pass, by formula. The literature's "Gflops" are these MACs, not 2× them."""
 
 from __future__ import annotations
 

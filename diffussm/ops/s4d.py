@@ -1,7 +1,8 @@
 """S4D as a two-sided convolution: kernel generation and the FFT convolution, in fp32 whatever surrounds them.
 
-Shapes: B batch · L length · D channels · N conjugate pairs of states (half the state size) · 2 directions (causal, anti-causal).
-S4D: Gu et al., arXiv 2206.11893. The recurrence is sensitive and FFTs have no bf16: callers disable autocast around these.
+Shapes: B batch · L length · D channels · N conjugate pairs of states (half the state size) · 2 directions (causal,
+anti-causal). S4D: Gu et al., arXiv 2206.11893. The recurrence is sensitive and FFTs have no bf16: callers disable
+autocast around these.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def two_sided_kernel(
     A_real = -log_A_real_2DN.exp()
     decay, angle = dt * A_real, dt * A_imag_2DN  # ΔA
 
-    # Ā^l for l = a·stride + b is Ā^(a·stride) · Ā^b: two tables of √L powers instead of one of L, joined by a matmul over the states.
+    # Ā^l for l = a·stride + b is Ā^(a·stride) · Ā^b: two tables of √L powers instead of one of L, joined by a matmul
+    # over the states.
     stride = 1 << math.ceil(math.log2(length) / 2)
     rows = -(-length // stride)
     low_real, low_imag = _powers(decay, angle, torch.arange(stride, device=dt.device))  # [2, D, N, stride]
@@ -92,7 +94,7 @@ def two_sided_convolution(u_BLD: Tensor, kernel_D2L: Tensor) -> Tensor:
 
 
 class _TwoSidedConvolution(torch.autograd.Function):
-    """Saves only its inputs: spectra are recomputed block by block, and the kernel's gradient is summed over the batch as a spectrum."""
+    """Saves only its inputs; recomputes spectra by block; sums the kernel's gradient over the batch as a spectrum."""
 
     @staticmethod
     def forward(ctx, u_BLD: Tensor, kernel_D2L: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Checkpoints that are complete or invisible.
 
-    checkpoints/latest                 one line: the name of the newest
+    checkpoints/latest                 one line: the name of the newest, for people and other programs
     checkpoints/images-000048000/
         meta.json                      what the weights are: model, data, codec, config, progress
         ema.safetensors                the averaged weights, fp32, by parameter name
@@ -81,7 +81,7 @@ def save(
 
 
 def find(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run's `checkpoints/`, or None. Says on stderr which torn ones it passes over."""
+    """The newest complete checkpoint of a run's `checkpoints/`, or None. Torn ones are passed over with a warning."""
     for candidate in _by_progress(folder):
         try:
             verify(candidate)
@@ -108,7 +108,7 @@ def verify(checkpoint: Path) -> None:
 
 
 def load_meta(checkpoint: Path) -> dict[str, Any]:
-    """meta.json: format, images, world_size, zero_stage and config of the run; channels, num_classes, class_names, codec,
+    """meta.json: images, world_size, zero_stage and config of the run; channels, num_classes, class_names, codec,
     latent_shape, scale, shift and data_hash of its data. UserError if it is none."""
     try:
         meta = json.loads((checkpoint / "meta.json").read_text())
@@ -130,7 +130,7 @@ def make_model(meta: dict[str, Any]) -> DiffuSSM:
 
 
 def load_model(checkpoint: Path) -> tuple[DiffuSSM, dict[str, Any]]:
-    """(network with the averaged weights, in eval mode; meta). Raises UserError if the checkpoint is torn or foreign."""
+    """(network with the averaged weights, in eval mode; meta). UserError if the checkpoint is torn or foreign."""
     verify(checkpoint)
     meta = load_meta(checkpoint)
     model = make_model(meta)
@@ -142,7 +142,5 @@ def load_model(checkpoint: Path) -> tuple[DiffuSSM, dict[str, Any]]:
 
 
 def _by_progress(folder: Path) -> list[Path]:
-    """Published checkpoints, the one that `latest` names first, then the newest first."""
-    pointer = folder / "latest"
-    latest = pointer.read_text().strip() if pointer.is_file() else ""
-    return sorted(folder.glob("images-*"), key=lambda path: (path.name == latest, path.name), reverse=True)
+    """Published checkpoints, the newest first."""
+    return sorted(folder.glob("images-*"), reverse=True)

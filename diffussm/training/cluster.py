@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -39,17 +42,24 @@ class Cluster:
 
 
 def connect() -> Cluster:
-    """Join the process group that the launcher (deepspeed, torchrun, or none: one process) describes in the environment."""
+    """Join the group that the launcher (deepspeed, torchrun, or none: one process) describes in the environment."""
     import deepspeed  # slow to import: bad arguments are reported before it
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        if name not in os.environ and "RANK" in os.environ:
-            raise UserError(f"the launcher set RANK but not {name}: export it, or start with deepspeed or torchrun")
-        os.environ.setdefault(name, alone)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500" if os.environ["WORLD_SIZE"] != "1" else "0")
+    if "RANK" not in os.environ:
+        os.environ |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
+    else:
+        _end_with_the_launcher()
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"the launcher set RANK but not {name}: start with deepspeed or torchrun, or export it")
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -62,3 +72,10 @@ def connect() -> Cluster:
     if (joined := dist.get_world_size()) != world_size:
         raise UserError(f"joined a group of {joined} ranks where the launcher announced {world_size}")
     return Cluster(rank, world_size, local_rank, device)
+
+
+def _end_with_the_launcher() -> None:
+    """Have the system end this process when its launcher is killed: a rank left over would go on writing."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

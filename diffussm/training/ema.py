@@ -17,8 +17,8 @@ from torch import Tensor
 class ShardedEMA:
     """EMA of an engine's master weights.
 
-    After n steps of G images the decay is min(exp(-G / length), n / (n + 9)): an average over ``length`` images that does
-    not depend on the batch size, shorter while the run is young.
+    After n steps of G images the decay is min(exp(-G / length), n / (n + 9)): an average over ``length`` images that
+    does not depend on the batch size, shorter while the run is young.
 
     Args:
         engine: DeepSpeed's, at any ZeRO stage, with fp32 master weights.

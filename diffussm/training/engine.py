@@ -1,4 +1,4 @@
-"""DeepSpeed's engine for a run: its config completed and checked, the optimizer's parameter groups, the engine itself."""
+"""DeepSpeed's engine for a run: its config checked and completed, the parameter groups, the engine itself."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ def read_ds_config(path: str) -> dict[str, Any]:
         raise UserError(f"--deepspeed {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {path} is not a JSON object")
+    for section in ("bf16", "fp16", "torch_autocast", "zero_optimization"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"{path}: {section} is not a JSON object")
     for half in ("bf16", "fp16"):
         if config.get(half, {}).get("enabled"):
             raise UserError(
@@ -58,7 +61,7 @@ def split_batch(train: TrainConfig, world_size: int) -> tuple[int, int]:
 
 
 def complete_ds_config(config: dict[str, Any], train: TrainConfig, cluster: Cluster) -> dict[str, Any]:
-    """``config`` with every "auto" filled from the run's YAML. Raises UserError where it says something else than that."""
+    """``config`` with every "auto" filled from the run's YAML. UserError where it says something else than that."""
     micro_batch, accumulation = split_batch(train, cluster.world_size)
     use_bf16 = train.precision == "bf16" or (train.precision == "auto" and multiplies_bf16(cluster.device))
     filled = json.loads(json.dumps(config))
@@ -78,7 +81,7 @@ def complete_ds_config(config: dict[str, Any], train: TrainConfig, cluster: Clus
     ):
         if filled.setdefault(key, "auto") not in ("auto", value):
             raise UserError(
-                f'{key} {filled[key]} of the DeepSpeed config is not the run\'s {value}: say "auto" there, and set {source}'
+                f'{key} {filled[key]} of the DeepSpeed config is not the run\'s {value}: say "auto", and set {source}'
             )
         filled[key] = value
     return filled
@@ -106,7 +109,7 @@ def make_engine(model: nn.Module, ds_config: dict[str, Any], train: TrainConfig)
 
 
 def set_rates(engine: Any, train: TrainConfig, factor: float) -> None:
-    """Before each step, the configuration's hyperparameters, whatever a loaded checkpoint had; rates times ``factor``."""
+    """Before each step, the run's own hyperparameters, whatever a loaded checkpoint had; rates times ``factor``."""
     dense, ssm = engine.optimizer.param_groups
     for group, lr, decay in ((dense, train.lr, train.weight_decay), (ssm, train.ssm_lr or train.lr, 0.0)):
         group.update(lr=factor * lr, weight_decay=decay, betas=train.betas)

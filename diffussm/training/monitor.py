@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ QUIET_SECONDS = 20  # between two lines of progress where stderr is a file
 class Monitor:
     """The records of a run, written by one rank.
 
-    A run that resumes from a checkpoint loses the records after it, so that log and curves are those of one unbroken run.
+    A run that resumes from a checkpoint loses the records after it: log and curves are those of one unbroken run.
 
     Args:
         run: folder of the run.
@@ -34,7 +35,7 @@ class Monitor:
         self.path = run / "log.jsonl"
         kept = [line for line in _complete_lines(self.path) if json.loads(line)["images"] <= images]
         write_atomically(self.path, "".join(kept))
-        self.file = open(self.path, "a")  # noqa: SIM115: closed by close()
+        self.file = open(self.path, "a")  # noqa: SIM115
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=images + 1)
         on_terminal = sys.stderr.isatty()
         self.bar = tqdm(
@@ -49,8 +50,9 @@ class Monitor:
         self.said = 0.0
 
     def scalars(self, images: int, values: dict[str, float]) -> None:
-        """Record values at ``images`` seen."""
-        self.file.write(json.dumps({"images": images, **values}) + "\n")
+        """Record values at ``images`` seen; one that is not finite is null in the JSON."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"images": images, **finite}) + "\n")
         self.file.flush()
         for name, value in values.items():
             self.writer.add_scalar(name, value, images)

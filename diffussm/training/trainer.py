@@ -53,7 +53,7 @@ class Trainer:
     def __init__(self, config: Config, ds_config: dict[str, Any], cluster: Cluster) -> None:
         self.config, self.cluster = config, cluster
         train = config.train
-        self.run = Path(config.run)
+        self.run = Path(config.run_dir)
         store = open_store(config.data.path)
         self.index = index = Index.load(store)
         self.codec = codec_from_spec(index.codec)
@@ -110,6 +110,8 @@ class Trainer:
     def fit(self) -> None:
         """Train until total_images are seen."""
         train = self.config.train
+        if self.images >= train.total_images:
+            self.say(f"{self.run} is complete; to go on, raise train.total_images above {self.images}")
         with self.stream:
             while self.images < train.total_images:
                 self.train_step()
@@ -291,5 +293,5 @@ class Trainer:
         ):
             if there != here:
                 raise UserError(
-                    f"{found} was saved with {name} {there}, this run has {here}: restore it, or start another run (--run)"
+                    f"{found} was saved with {name} {there}, this run has {here}: restore that, or change --run_dir"
                 )

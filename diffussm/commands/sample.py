@@ -1,0 +1,211 @@
+"""Draw samples from a trained model: `tools/sample.py`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from diffussm.autoencoders.codec import codec_from_spec
+from diffussm.commands.common import Parser, emit_json
+from diffussm.config import Config, SampleConfig, from_dict
+from diffussm.diffusion.generate import generate
+from diffussm.diffusion.samplers import SAMPLERS
+from diffussm.diffusion.schedule import Schedule
+from diffussm.errors import UserError
+from diffussm.files import atomic_path, write_json
+from diffussm.pictures import grid, save_png
+from diffussm.training import checkpoint
+
+RUNS = "runs/*/checkpoints/latest"
+GRID_PER_CLASS, GRID_UNCONDITIONAL, GRID_CLASSES = 10, 64, 20  # images shown
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    folder = find_checkpoint(arguments.source)
+    model, meta = checkpoint.load_model(folder)
+    config: Config = from_dict(meta["config"])
+    settings = SampleConfig(
+        sampler=arguments.sampler or config.sample.sampler,
+        steps=arguments.steps or config.sample.steps,
+        guidance=config.sample.guidance if arguments.guidance is None else arguments.guidance,
+    )
+    classes = chosen_classes(arguments.classes, meta["class_names"])
+    labels = [classes[i % len(classes)] for i in range(arguments.count)] if classes else None
+    schedule = Schedule.linear(config.diffusion.steps).respace(settings.steps)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.guidance_channels is not None and not 1 <= arguments.guidance_channels <= meta["channels"]:
+        raise UserError(
+            f"--guidance-channels {arguments.guidance_channels} is not in 1..{meta['channels']}, the latent's"
+        )
+
+    def draw(network: nn.Module, name: str) -> np.ndarray:
+        return draw_images(network.eval().to(device), meta, schedule, labels, settings, arguments, device, name)
+
+    out = arguments.out or folder.parent.parent / "samples"
+    record = {
+        "samples": "samples.npz",
+        "checkpoint": str(folder),
+        "images_seen": meta["images"],
+        "weights": f"EMA of {config.train.ema_images:,.0f} images",
+        "data": {"path": config.data.path, "reference": config.data.reference},
+        "count": arguments.count,
+        "classes": [meta["class_names"][c] for c in classes],
+        "sampler": settings.sampler,
+        "steps": settings.steps,
+        "guidance": settings.guidance if classes else 1.0,
+        "guidance_channels": arguments.guidance_channels,
+        "seed": arguments.seed,
+    }
+    if arguments.untrained:
+        torch.manual_seed(config.train.seed)
+        save_npz(out / "untrained.npz", draw(checkpoint.make_model(meta), "untrained"), labels)
+        record["untrained"] = "untrained.npz"
+    began = time.perf_counter()
+    images = draw(model, "samples")
+    record["images_per_second"] = arguments.count / (time.perf_counter() - began)
+    save_npz(out / "samples.npz", images, labels)
+    save_png(out / "grid.png", picture(images, labels, classes))
+    write_json(out / "samples.json", record)
+    if arguments.json != "-":
+        print(f"{arguments.count} images of {folder} (after {meta['images']:,}), {settings.sampler}, {settings.steps}")
+        print(f"steps, guidance {record['guidance']:g}: {record['images_per_second']:.1f} images/s")
+        for row, c in enumerate(classes[:GRID_CLASSES]):
+            print(f"  row {row + 1:2}  {meta['class_names'][c]}")
+        print(f"  {out / 'samples.npz'}\n  {out / 'grid.png'}")
+    emit_json(arguments.json, record)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        "Draw samples with the averaged (EMA) weights: samples.npz in ADM's layout and grid.png, a row a class.",
+        "python tools/sample.py runs/fashion32 --classes Sandal,Bag --count 64 --guidance 2 --steps 50",
+    )
+    parser.add_argument(
+        "source", nargs="?", type=Path, help="folder of a run or a checkpoint (default: newest in runs/)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the files (default: RUN/samples)")
+    parser.add_argument("--count", type=int, default=1000, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument(
+        "--classes", metavar="LIST", help="ids or names, separated by commas, drawn in turns (default: all)"
+    )
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(default: the run's)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the run's)")
+    parser.add_argument("--guidance", type=float, metavar="SCALE", help="classifier-free; 1: none (default: the run's)")
+    parser.add_argument("--guidance-channels", type=int, metavar="K", help="guide only the first K, as DiT did with 3")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="image i is a function of it (default: 0)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at once (default: %(default)s)")
+    parser.add_argument("--untrained", action="store_true", help="also draw from the untrained model, for comparison")
+    parser.add_json_option()
+    arguments = parser.parse_args()
+    if arguments.count < 1 or arguments.batch < 1 or (arguments.steps is not None and arguments.steps < 1):
+        parser.error("--count, --batch and --steps are at least 1")
+    if not 0 <= arguments.seed < 2**64:
+        parser.error("--seed must be from 0 to 2^64 - 1")
+    return arguments
+
+
+def find_checkpoint(source: Path | None) -> Path:
+    """The checkpoint that ``source`` is, or the newest complete one of the run that it is, or of the newest run."""
+    if source is None:
+        runs = sorted(Path().glob(RUNS), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError(f"no checkpoint: no {RUNS} here: train first, or name a run or a checkpoint")
+        source = runs[-1].parent.parent
+    if (source / "meta.json").exists():
+        return source
+    found = checkpoint.find(source / "checkpoints")
+    if found is None:
+        raise UserError(
+            f"{source} holds no complete checkpoint: it is neither a checkpoint nor a run that has saved one"
+        )
+    return found
+
+
+def chosen_classes(text: str | None, names: list[str]) -> list[int]:
+    """Ids of the classes asked for, as ids or names; of all if ``text`` is None."""
+    if text is None:
+        return list(range(len(names)))
+    if not names:
+        raise UserError("--classes: the model is unconditional, it has none")
+    chosen = []
+    for item in text.split(","):
+        if item.strip() in names:
+            chosen.append(names.index(item.strip()))
+        elif item.strip().isdigit() and int(item) < len(names):
+            chosen.append(int(item))
+        else:
+            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise UserError(f"--classes {item!r} is not one of 0..{len(names) - 1} or a name ({known})")
+    return chosen
+
+
+def draw_images(
+    model: nn.Module,
+    meta: dict[str, Any],
+    schedule: Schedule,
+    labels: list[int] | None,
+    settings: SampleConfig,
+    arguments: argparse.Namespace,
+    device: torch.device,
+    name: str,
+) -> np.ndarray:
+    """uint8 images [count, H, W, channels], in batches."""
+    codec = codec_from_spec(meta["codec"])
+    batches = [range(i, min(i + arguments.batch, arguments.count)) for i in range(0, arguments.count, arguments.batch)]
+    images = []
+    with tqdm(
+        total=arguments.count,
+        desc=name,
+        unit="image",
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+        bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
+    ) as bar:
+        for indices in batches:
+
+            def count_steps(steps: range, share: float = len(indices) / schedule.steps) -> Any:
+                for step in steps:
+                    yield step
+                    bar.update(share)
+
+            latents = generate(
+                model,
+                schedule,
+                meta["latent_shape"],
+                indices,
+                [labels[i] for i in indices] if labels else None,
+                num_classes=meta["num_classes"],
+                sampler=settings.sampler,
+                guidance=settings.guidance,
+                guidance_channels=arguments.guidance_channels,
+                seed=arguments.seed,
+                device=device,
+                progress=count_steps,
+            )
+            images.append(codec.decode(latents))
+    return np.concatenate(images)
+
+
+def save_npz(path: Path, images: np.ndarray, labels: list[int] | None) -> None:
+    """ADM's layout: ``arr_0`` uint8 [N, H, W, 3], and ``arr_1`` the labels where there are some."""
+    colour = images if images.shape[3] == 3 else images.repeat(3, axis=3)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, colour, *([np.array(labels)] if labels else []))
+
+
+def picture(images: np.ndarray, labels: list[int] | None, classes: list[int]) -> np.ndarray:
+    """A row for each class, in the classes' order; without classes, rows of 8."""
+    zoom = max(1, 64 // images.shape[1])
+    if labels is None:
+        return grid(images[:GRID_UNCONDITIONAL], columns=8, zoom=zoom)
+    columns = min(GRID_PER_CLASS, len(images) // len(classes)) or 1
+    rows = [np.flatnonzero(np.array(labels) == c)[:columns] for c in classes[:GRID_CLASSES]]
+    return grid(images[np.concatenate(rows)], columns=columns, zoom=zoom)

@@ -1,0 +1,180 @@
+"""tools/eval_fid.py: a whole run scored by a process of its own, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffussm.autoencoders.pixel import PixelCodec
+from diffussm.commands.eval_fid import main
+from diffussm.data.encode import encode
+from diffussm.data.sources import ArrayImages
+from diffussm.data.store import open_store
+from diffussm.errors import run_command
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+METRICS = ("FID", "sFID", "IS", "precision", "recall")
+
+
+def draw_images(count: int, seed: int) -> np.ndarray:
+    """Grey uint8 [count, 16, 16, 1]: a bright bar of its own place and slope on a dark ground."""
+    generator = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:16, :16]
+    slope, place = generator.uniform(-1, 1, (2, count, 1, 1))
+    distance = np.abs(columns - 8 - 4 * place - slope * (rows - 8))
+    return (230 * np.exp(-((distance / 2) ** 2)) + generator.uniform(0, 20, (count, 16, 16))).astype(np.uint8)[
+        ..., None
+    ]
+
+
+def encode_images(images: np.ndarray, path: Path) -> None:
+    source = ArrayImages(path.name, ["bar"], images, np.zeros(len(images), np.int64))
+    encode(source, PixelCodec(16, 16, 1, 16), open_store(path))
+
+
+def test_scores_the_newest_run_beside_its_floor_and_untrained_samples(tmp_path: Path) -> None:
+    encode_images(draw_images(60, 1), tmp_path / "data/train")
+    encode_images(draw_images(64, 2), tmp_path / "data/test")
+    older, newer = tmp_path / "runs/older/samples/samples.npz", tmp_path / "runs/newer/samples/samples.npz"
+    for path in (older, newer):
+        path.parent.mkdir(parents=True)
+    np.savez(older, draw_images(4, 3))
+    os.utime(older, (1, 1))
+    np.savez(newer, draw_images(32, 4) // 4 * 3 + 20)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 1), dtype=np.uint8)
+    np.savez(newer.with_name("untrained.npz"), noise)
+    record = {
+        "samples": "samples.npz",
+        "untrained": "untrained.npz",
+        "data": {"path": "data/train", "reference": "data/test"},
+        "guidance": 2.0,
+        "images_seen": 640,
+    }
+    newer.with_suffix(".json").write_text(json.dumps(record))
+
+    command = [sys.executable, ROOT / "tools/eval_fid.py", "--max-reference", "48", "--json", "out.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert json.loads((tmp_path / "runs/newer/scores.json").read_text()) == report
+    assert not (tmp_path / "runs/older/scores.json").exists()
+
+    assert report["extractor"] == "efficientnet-lite0"
+    assert report["reference"] == {"path": "data/test", "images": 48}
+    assert report["samples"] == {"path": "runs/newer/samples/samples.npz", **record}
+    floor, trained, untrained = report["rows"]
+    assert [row["name"] for row in report["rows"]] == ["real train (floor)", "trained", "untrained"]
+    assert [row["images"] for row in report["rows"]] == [32, 32, 32]
+    names = [f"{metric} (efficientnet-lite0)" for metric in METRICS]
+    assert all(list(row) == ["name", *names, "images"] for row in report["rows"])
+    fid = names[0]
+    assert floor[fid] < trained[fid] < untrained[fid]
+    assert floor["precision (efficientnet-lite0)"] > 0.5
+
+    lines = done.stdout.splitlines()
+    assert lines[0] == "features of efficientnet-lite0, against data/test (48 images)"
+    assert lines[1].split() == [*METRICS, "images"]
+    assert lines[3].split() == ["trained", *(f"{trained[name]:.3f}" for name in names), "32"]
+    assert "fewer than 10,000 images" in lines[5]
+    assert "image/s" in done.stderr
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command in this process, in ``tmp_path``; its one line of error, once it has exited with code 2."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("good.npz", draw_images(8, 0))
+
+    def refuse(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["eval_fid.py", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            run_command(main)
+        assert exit.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        lines = [line for line in captured.err.replace("\r", "\n").splitlines() if "image/s" not in line and line]
+        assert len(lines) == 1 and lines[0].startswith("error: ")
+        return lines[0]
+
+    return refuse
+
+
+def assert_matches(line: str, pattern: str) -> None:
+    assert re.search(pattern, line), line
+
+
+BAD_SAMPLES = {
+    "three axes": (np.zeros((8, 16, 16), np.uint8), r"arr_0 is of shape \(8, 16, 16\)"),
+    "channels first": (np.zeros((8, 3, 16, 16), np.uint8), r"arr_0 is of shape \(8, 3, 16, 16\)"),
+    "empty": (np.zeros((0, 16, 16, 3), np.uint8), r"arr_0 is of shape \(0, 16, 16, 3\)"),
+    "floating point": (np.ones((8, 16, 16, 3), np.float32), "arr_0 is float32, images are uint8"),
+    "scaled to 1": (np.ones((8, 16, 16, 3), np.uint8), "arr_0 holds nothing but 0 and 1"),
+    "pickled objects": (np.array([{}, []], dtype=object), "arr_0 is damaged, pickled"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLES)
+def test_refuses_bad_samples(case: str, run: Callable[..., str]) -> None:
+    array, message = BAD_SAMPLES[case]
+    np.savez("bad.npz", array)
+    assert_matches(run("bad.npz", "--reference", "good.npz"), f"bad.npz: {message}")
+    assert_matches(run("good.npz", "--reference", "good.npz", "--against", "x=bad.npz"), f"bad.npz: {message}")
+    assert_matches(run("good.npz", "--reference", "bad.npz"), f"bad.npz: {message}")
+
+
+def test_refuses_files_that_are_no_npz(run: Callable[..., str]) -> None:
+    whole = Path("good.npz").read_bytes()
+    changed = bytearray(whole)
+    changed[len(whole) // 2] ^= 255
+    np.save("array.npy", draw_images(8, 0))
+    np.savez("other.npz", images=draw_images(8, 0))
+    for name, content in {
+        "torn.npz": whole[: len(whole) // 2],
+        "flipped.npz": bytes(changed),
+        "text.npz": b"hello",
+        "empty.npz": b"",
+        "pickle.npz": pickle.dumps([1, 2]),
+    }.items():
+        Path(name).write_bytes(content)
+        assert_matches(run(name, "--reference", "good.npz"), f"{name}.*damaged")
+    assert_matches(run("array.npy", "--reference", "good.npz"), "array.npy is not an .npz file")
+    assert_matches(run("other.npz", "--reference", "good.npz"), "other.npz has no arr_0, only images")
+    assert_matches(run("absent.npz", "--reference", "good.npz"), "there is no file absent.npz")
+
+
+def test_refuses_bad_references(run: Callable[..., str]) -> None:
+    inception = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    small = {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(4), "sigma_s": np.eye(4)}
+    references = {
+        "inception": (inception, "statistics of 2048 and 2023 features.*the 2015 Inception graph"),
+        "partial": ({"mu": np.zeros(4), "sigma": np.eye(4)}, "has no mu_s"),
+        "crooked": ({**small, "sigma": np.eye(5)}, r"a mean of \(4,\) does not go with a covariance of \(5, 5\)"),
+        "broken": ({**small, "mu": np.full(4, np.nan)}, "mu is not an array of finite"),
+    }
+    for name, (arrays, message) in references.items():
+        np.savez(f"{name}.npz", **arrays)
+        assert_matches(run("good.npz", "--reference", f"{name}.npz"), f"{name}.npz.*{message}")
+    assert_matches(run("good.npz", "--reference", "nowhere"), "no index.json in nowhere")
+    np.savez("few.npz", draw_images(3, 0))
+    assert_matches(run("good.npz", "--reference", "few.npz"), "at least 4 images in each set, got 3")
+
+
+def test_refuses_when_there_is_nothing_to_do(run: Callable[..., str]) -> None:
+    assert_matches(run(), "nothing to score.*python tools/sample.py")
+    assert_matches(run("good.npz"), "nothing to compare good.npz with: give --reference")
+    assert_matches(run("good.npz", "--reference", "good.npz", "--extractor", "vgg"), "unknown extractor 'vgg'")
+    assert_matches(run("good.npz", "--against", "untrained.npz"), "'untrained.npz' is not NAME=FILE")
+    assert_matches(run("good.npz", "--max-reference", "1"), "--max-reference must be at least 2")
+    Path("good.json").write_text("{")
+    assert_matches(run("good.npz"), "good.json is damaged.*python tools/sample.py")
