@@ -25,16 +25,16 @@ def main() -> None:
     reference = arguments.reference or record.get("data", {}).get("reference")
     floor = arguments.floor or record.get("data", {}).get("path")
     against = list(arguments.against)
-    if "untrained" in record:
+    if record.get("untrained"):
         against.insert(0, ("untrained", samples.parent / record["untrained"]))
     if reference is None:
         raise UserError(f"nothing to compare {samples} with: give --reference DATASET_OR_NPZ")
 
     images = read_images(samples)
-    sets = {"trained" if record else samples.stem: images}
-    sets |= {name: read_images(path, len(images)) for name, path in against}  # as many: FID depends on their number
+    sets = [("trained" if record else samples.stem, images)]
+    sets += [(name, read_images(path, len(images))) for name, path in against]  # as many: FID depends on their number
     if floor:
-        sets = {f"real {Path(floor).name} (floor)": read_images(floor, len(images)), **sets}
+        sets.insert(0, (f"real {Path(floor).name} (floor)", read_images(floor, len(images))))
     real = read_reference(reference, arguments.max_reference)
     extractor = make_extractor(arguments.extractor)
     prepared = prepare_reference(real, extractor)
@@ -42,7 +42,7 @@ def main() -> None:
         "extractor": extractor.name,
         "reference": {"path": str(reference), "images": prepared.count},
         "samples": {"path": str(samples), **record},
-        "rows": [{"name": name, **score(images, prepared, extractor, name)} for name, images in sets.items()],
+        "rows": [{"name": name, **score(images, prepared, extractor, name)} for name, images in sets],
     }
     if arguments.json != "-":
         print_report(report)
@@ -60,16 +60,10 @@ def parse_arguments() -> argparse.Namespace:
     named = {"type": named_file, "action": "append", "default": [], "metavar": "NAME=FILE"}
     parser.add_argument("samples", nargs="?", type=Path, metavar="SAMPLES", help=f"an .npz (default: newest {SAMPLES})")
     parser.add_argument("--reference", metavar="REAL", help="real images (default: those that the run names)")
-    parser.add_argument(
-        "--floor", metavar="REAL", help="real images to score as if they were samples (default: likewise)"
-    )
+    parser.add_argument("--floor", metavar="REAL", help="real images to score like samples (default: likewise)")
     parser.add_argument("--against", **named, help="further samples to score beside them; may be repeated")
-    parser.add_argument(
-        "--extractor", default="efficientnet-lite0", help=f"{', '.join(EXTRACTORS)} (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-reference", type=int, default=10_000, metavar="N", help="real images (default: %(default)s)"
-    )
+    parser.add_argument("--extractor", default="efficientnet-lite0", choices=EXTRACTORS, help="(default: %(default)s)")
+    parser.add_argument("--max-reference", type=int, default=10_000, metavar="N", help="at most (default: %(default)s)")
     parser.add_json_option()
     arguments = parser.parse_args()
     if arguments.max_reference < 2:
@@ -88,9 +82,7 @@ def newest_samples() -> Path:
     """The samples of the run that drew some last."""
     found = sorted(Path().glob(SAMPLES), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError(
-            f"nothing to score: no {SAMPLES} here: draw samples with python tools/sample.py, or name a file"
-        )
+        raise UserError(f"nothing to score: no {SAMPLES} here: draw some with python tools/sample.py, or name a file")
     return found[-1]
 
 

@@ -140,7 +140,7 @@ def extract(extractor: Extractor, images: np.ndarray, what: str) -> Features:
 
 
 def _fuse_batch_norms(network: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it: a third less memory traffic for the same function."""
+    """Fold each batch norm into the convolution before it: the same function in fewer passes over memory."""
     pairs = {
         "_conv_stem": "_bn0",
         "_expand_conv": "_bn0",

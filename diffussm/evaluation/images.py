@@ -96,11 +96,11 @@ def _decode_images(path: str | Path, limit: int | None) -> np.ndarray:
 
 def _check_images(path: str | Path, images: np.ndarray) -> np.ndarray:
     if images.dtype != np.uint8:
-        raise UserError(f"{path}: arr_0 is {images.dtype}, images are uint8 from 0 to 255")
+        raise UserError(f"{path}: the images are {images.dtype}, not uint8 from 0 to 255")
     if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        raise UserError(f"{path}: arr_0 is of shape {images.shape}, images are [N, height, width, 1 or 3]")
+        raise UserError(f"{path}: the images are of shape {images.shape}, not [N, height, width, 1 or 3]")
     if images.max() <= 1:
-        raise UserError(f"{path}: arr_0 holds nothing but 0 and 1: scale the images to 0..255 before making them uint8")
+        raise UserError(f"{path}: the images hold nothing but 0 and 1: scale them to 0..255 before making them uint8")
     return images
 
 

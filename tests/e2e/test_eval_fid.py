@@ -115,11 +115,11 @@ def assert_matches(line: str, pattern: str) -> None:
 
 
 BAD_SAMPLES = {
-    "three axes": (np.zeros((8, 16, 16), np.uint8), r"arr_0 is of shape \(8, 16, 16\)"),
-    "channels first": (np.zeros((8, 3, 16, 16), np.uint8), r"arr_0 is of shape \(8, 3, 16, 16\)"),
-    "empty": (np.zeros((0, 16, 16, 3), np.uint8), r"arr_0 is of shape \(0, 16, 16, 3\)"),
-    "floating point": (np.ones((8, 16, 16, 3), np.float32), "arr_0 is float32, images are uint8"),
-    "scaled to 1": (np.ones((8, 16, 16, 3), np.uint8), "arr_0 holds nothing but 0 and 1"),
+    "three axes": (np.zeros((8, 16, 16), np.uint8), r"the images are of shape \(8, 16, 16\)"),
+    "channels first": (np.zeros((8, 3, 16, 16), np.uint8), r"the images are of shape \(8, 3, 16, 16\)"),
+    "empty": (np.zeros((0, 16, 16, 3), np.uint8), r"the images are of shape \(0, 16, 16, 3\)"),
+    "floating point": (np.ones((8, 16, 16, 3), np.float32), "the images are float32, not uint8"),
+    "scaled to 1": (np.ones((8, 16, 16, 3), np.uint8), "the images hold nothing but 0 and 1"),
     "pickled objects": (np.array([{}, []], dtype=object), "arr_0 is damaged, pickled"),
 }
 
@@ -173,7 +173,9 @@ def test_refuses_bad_references(run: Callable[..., str]) -> None:
 def test_refuses_when_there_is_nothing_to_do(run: Callable[..., str]) -> None:
     assert_matches(run(), "nothing to score.*python tools/sample.py")
     assert_matches(run("good.npz"), "nothing to compare good.npz with: give --reference")
-    assert_matches(run("good.npz", "--reference", "good.npz", "--extractor", "vgg"), "unknown extractor 'vgg'")
+    assert_matches(
+        run("good.npz", "--reference", "good.npz", "--extractor", "vgg"), "--extractor: invalid choice: 'vgg'"
+    )
     assert_matches(run("good.npz", "--against", "untrained.npz"), "'untrained.npz' is not NAME=FILE")
     assert_matches(run("good.npz", "--max-reference", "1"), "--max-reference must be at least 2")
     Path("good.json").write_text("{")

@@ -1,0 +1,26 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up .venv first.
+
+PYTHON ?= python3
+READY := .venv/ready
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: setup demo test lint clean
+
+demo: setup
+	bash launch/demo.sh
+
+# One thread a process: two ranks on two cores wait for each other otherwise.
+test: setup lint
+	OMP_NUM_THREADS=1 python -m pytest
+
+lint: setup
+	ruff check .
+	ruff format --check .
+
+setup: $(READY)
+
+$(READY): requirements.txt setup.py launch/setup.sh
+	bash launch/setup.sh "$(PYTHON)"
+
+clean:
+	rm -rf .venv build dist *.egg-info

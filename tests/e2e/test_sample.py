@@ -1,0 +1,101 @@
+"""tools/sample.py on a real run: what it writes, that it is reproducible, and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+
+from diffussm.commands import sample
+from diffussm.errors import run_command
+
+pytestmark = pytest.mark.e2e
+
+
+def call(monkeypatch, *arguments: object) -> None:
+    """The command in this process, as the door calls it."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+    run_command(sample.main)
+
+
+def images(folder) -> np.ndarray:
+    return np.load(folder / "samples.npz", allow_pickle=False)["arr_0"]
+
+
+def test_the_command_writes_an_npz_a_picture_and_a_record(trained, tmp_path):
+    command = [sys.executable, str(runs.ROOT / "tools/sample.py"), str(trained), "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--count", "9", "--untrained", "--json", "-"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record == json.loads(done.stdout)
+    assert record["images_seen"] == 96 and record["untrained"] == "untrained.npz"
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
+        assert file["arr_0"].shape == (9, 16, 16, 3) and file["arr_0"].dtype == np.uint8
+        assert file["arr_1"].tolist() == [0, 1, 2] * 3
+    untrained = np.load(tmp_path / "untrained.npz", allow_pickle=False)["arr_0"]
+    assert untrained.shape == (9, 16, 16, 3) and (untrained != images(tmp_path)).any()
+    assert Image.open(tmp_path / "grid.png").size == (3 * 65 - 1, 3 * 65 - 1)
+
+
+def test_an_image_is_a_function_of_seed_and_number(trained, tmp_path, monkeypatch):
+    for name, *arguments in (
+        ("whole", "--count", 6),
+        ("small batches", "--count", 6, "--batch", 4),
+        ("fewer", "--count", 3),
+        ("other seed", "--count", 6, "--seed", 1),
+        ("guided", "--count", 6, "--guidance", 4),
+        ("other sampler", "--count", 6, "--sampler", "ddim"),
+    ):
+        call(monkeypatch, trained, "--out", tmp_path / name, *arguments)
+    whole = images(tmp_path / "whole")
+    # another batch size sums in another order: at most a rounding apart
+    assert np.abs(images(tmp_path / "small batches").astype(int) - whole).max() <= 1
+    assert np.abs(images(tmp_path / "fewer").astype(int) - whole[:3]).max() <= 1
+    for name in ("other seed", "guided", "other sampler"):
+        assert (images(tmp_path / name) != whole).any(), name
+
+
+def test_classes_by_name_and_number(trained, tmp_path, monkeypatch):
+    call(monkeypatch, trained, "--out", tmp_path, "--count", 4, "--classes", "striped,0")
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
+        assert file["arr_1"].tolist() == [2, 0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--classes", "3"], "--classes '3' is not one of 0..2"),
+        (["--classes", "-1"], "is not one of 0..2"),
+        (["--classes", "plaid"], "--classes 'plaid' is not one of 0..2 or a name (dark, bright, striped)"),
+        (["--steps", "1001"], "1..1000"),
+        (["--steps", "0"], "at least 1"),
+        (["--guidance-channels", "5"], "1..4"),
+        (["--count", "many"], "--count"),
+        (["--sampler", "magic"], "--sampler"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2_and_writes_nothing(trained, tmp_path, monkeypatch, capsys, arguments, line):
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, trained, "--out", tmp_path / "out", *arguments)
+    assert end.value.code == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("error: ") and line in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_checkpoint_and_a_torn_one(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments, line in (([], "train first"), ([tmp_path], "holds no complete checkpoint")):
+        with pytest.raises(SystemExit) as end:
+            call(monkeypatch, *arguments)
+        assert end.value.code == 2 and line in capsys.readouterr().err
+    torn = tmp_path / "images-000000000096"
+    shutil.copytree(trained / "checkpoints" / torn.name, torn)
+    (torn / "ema.safetensors").write_bytes(b"\x00")
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, torn)
+    assert end.value.code == 2 and "ema.safetensors is not the file that was saved" in capsys.readouterr().err
