@@ -20,10 +20,10 @@ fi
 
 step "2/4  train: $run"
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    deepspeed diffussm/train.py --deepspeed ds_configs/zero2.json
+    deepspeed --quiet diffussm/train.py --deepspeed ds_configs/zero2.json
 else
     export DS_ACCELERATOR=cpu
-    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 diffussm/train.py --deepspeed ds_configs/zero2.json
+    OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus 2 diffussm/train.py --deepspeed ds_configs/zero2.json
 fi
 
 step "3/4  sample with the averaged weights and guidance"

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -47,6 +48,7 @@ def connect() -> Cluster:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
     if "RANK" not in os.environ:
         os.environ |= {
             "RANK": "0",

@@ -41,13 +41,12 @@ class Monitor:
         self.bar = tqdm(
             total=total_images,
             initial=images,
-            unit=" images",
             dynamic_ncols=True,
             disable=not on_terminal,
-            smoothing=0.1,
+            bar_format="{percentage:3.0f}%|{bar}| {n:,}/{total:,} images{postfix}",
         )
         self.quiet = not on_terminal
-        self.said = 0.0
+        self.said = -math.inf
 
     def scalars(self, images: int, values: dict[str, float]) -> None:
         """Record values at ``images`` seen; one that is not finite is null in the JSON."""
@@ -57,10 +56,13 @@ class Monitor:
         for name, value in values.items():
             self.writer.add_scalar(name, value, images)
 
-    def progress(self, images: int, **values: str) -> None:
-        """Move the bar, or where stderr is no terminal print a line now and then."""
-        self.bar.set_postfix(values, refresh=False)
+    def progress(self, images: int) -> None:
+        """Move the bar."""
         self.bar.update(images - self.bar.n)
+
+    def report(self, images: int, **values: str) -> None:
+        """Show values beside the bar; where stderr is no terminal, print a line now and then."""
+        self.bar.set_postfix(values)
         if self.quiet and (time.monotonic() - self.said > QUIET_SECONDS or images >= self.bar.total):
             self.said = time.monotonic()
             self.say(f"{images:,} of {self.bar.total:,} images  " + "  ".join(f"{k} {v}" for k, v in values.items()))

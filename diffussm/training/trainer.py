@@ -93,8 +93,7 @@ class Trainer:
             positions=slice(cluster.rank * share, (cluster.rank + 1) * share),
             collate=BatchMaker(config, index, self.codec),
         )
-        self.losses: list[Tensor] = []
-        self.logged_at, self.logged_images = time.perf_counter(), self.images
+        self.losses: list[Tensor] = []  # of the micro-batches since the last record
         precision = torch.bfloat16 if self.engine.torch_autocast_enabled() else torch.float32
         # an image costs its forward pass, and twice that for the backward; 2 FLOPs a MAC
         self.image_flops = 3 * 2 * sum(forward_macs(config.model, self.shape[0], math.prod(self.shape[1:])).values())
@@ -112,9 +111,12 @@ class Trainer:
         train = self.config.train
         if self.images >= train.total_images:
             self.say(f"{self.run} is complete; to go on, raise train.total_images above {self.images}")
+        self.logged_at, self.logged_images = time.perf_counter(), self.images
         with self.stream:
             while self.images < train.total_images:
                 self.train_step()
+                if self.monitor:
+                    self.monitor.progress(self.images)
                 done = self.images >= train.total_images
                 if self.due(train.log_images) or done:
                     self.log()
@@ -175,7 +177,7 @@ class Trainer:
             values |= {"images_per_second": rate, "mfu": rate * self.image_flops / self.peak}
             self.monitor.scalars(self.images, values)
             left = duration((self.config.train.total_images - self.images) / rate)
-            self.monitor.progress(
+            self.monitor.report(
                 self.images, loss=f"{total:.4f}", rate=f"{rate:.1f} images/s", mfu=f"{values['mfu']:.0%}", ETA=left
             )
 

@@ -38,9 +38,9 @@ def test_non_finite_values_stay_valid_json(tmp_path):
 
 def test_progress_in_a_file_is_lines(tmp_path, capsys):
     monitor = Monitor(tmp_path, 0, 100)
-    monitor.progress(50, loss="0.5")
-    monitor.progress(60, loss="0.4")  # too soon after the first
-    monitor.progress(100, loss="0.3")
+    monitor.report(50, loss="0.5")
+    monitor.report(60, loss="0.4")  # too soon after the first
+    monitor.report(100, loss="0.3")
     monitor.close()
     assert capsys.readouterr().err.splitlines() == ["50 of 100 images  loss 0.5", "100 of 100 images  loss 0.3"]
 
