@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from diffussm.diffusion.schedule import Schedule
 from diffussm.errors import UserError
 from diffussm.files import atomic_path, write_json
 from diffussm.pictures import grid, save_png
+from diffussm.threads import map_batches
 from diffussm.training import checkpoint
 
 RUNS = "runs/*/checkpoints/latest"
@@ -47,7 +50,7 @@ def main() -> None:
             f"--guidance-channels {arguments.guidance_channels} is not in 1..{meta['channels']}, the latent's"
         )
 
-    def draw(network: nn.Module, name: str) -> np.ndarray:
+    def draw(network: nn.Module, settings: SampleConfig, name: str) -> np.ndarray:
         return draw_images(network.eval().to(device), meta, schedule, labels, settings, arguments, device, name)
 
     out = arguments.out or folder.parent.parent / "samples"
@@ -67,10 +70,11 @@ def main() -> None:
     }
     if arguments.untrained:
         torch.manual_seed(config.train.seed)
-        save_npz(out / "untrained.npz", draw(checkpoint.make_model(meta), "untrained"), labels)
+        unguided = replace(settings, guidance=1.0)  # it predicts 0 for every class: guidance would change nothing
+        save_npz(out / "untrained.npz", draw(checkpoint.make_model(meta), unguided, "untrained"), labels)
         record["untrained"] = "untrained.npz"
     began = time.perf_counter()
-    images = draw(model, "samples")
+    images = draw(model, settings, "samples")
     record["images_per_second"] = arguments.count / (time.perf_counter() - began)
     save_npz(out / "samples.npz", images, labels)
     save_png(out / "grid.png", picture(images, labels, classes))
@@ -102,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="classifier-free; 1: none (default: the run's)")
     parser.add_argument("--guidance-channels", type=int, metavar="K", help="guide only the first K, as DiT did with 3")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="image i is a function of it (default: 0)")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at once (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images a batch (default: %(default)s)")
     parser.add_argument("--untrained", action="store_true", help="also draw from the untrained model, for comparison")
     parser.add_json_option()
     arguments = parser.parse_args()
@@ -160,8 +164,8 @@ def draw_images(
 ) -> np.ndarray:
     """uint8 images [count, H, W, channels], in batches."""
     codec = codec_from_spec(meta["codec"])
-    batches = [range(i, min(i + arguments.batch, arguments.count)) for i in range(0, arguments.count, arguments.batch)]
-    images = []
+    numbers = range(arguments.count)
+    batches = [numbers[start : start + arguments.batch] for start in range(0, arguments.count, arguments.batch)]
     with tqdm(
         total=arguments.count,
         desc=name,
@@ -169,12 +173,12 @@ def draw_images(
         mininterval=0.5 if sys.stderr.isatty() else 10,
         bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
     ) as bar:
-        for indices in batches:
 
-            def count_steps(steps: range, share: float = len(indices) / schedule.steps) -> Any:
+        def draw_batch(indices: range) -> np.ndarray:
+            def count_steps(steps: range) -> Iterator[int]:
                 for step in steps:
                     yield step
-                    bar.update(share)
+                    bar.update(len(indices) / len(steps))
 
             latents = generate(
                 model,
@@ -190,8 +194,9 @@ def draw_images(
                 device=device,
                 progress=count_steps,
             )
-            images.append(codec.decode(latents))
-    return np.concatenate(images)
+            return codec.decode(latents)
+
+        return np.concatenate(list((map_batches if device.type == "cpu" else map)(draw_batch, batches)))
 
 
 def save_npz(path: Path, images: np.ndarray, labels: list[int] | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from diffussm.errors import UserError
+from diffussm.threads import map_batches
 
 
 @dataclass(frozen=True)
@@ -113,25 +113,14 @@ def make_extractor(name: str) -> Extractor:
 
 
 def extract(extractor: Extractor, images: np.ndarray, what: str) -> Features:
-    """Features of uint8 images [N, H, W, 1 or 3]; a progress bar on stderr says of ``what``.
-
-    One batch a thread, not all threads on one batch: these have to wait for each other after every layer, which on
-    cores that others use too takes three times as long.
-    """
-    size, threads = extractor.batch_size, torch.get_num_threads()
-    parts = [images[start : start + size] for start in range(0, len(images), size)]
+    """Features of uint8 images [N, H, W, 1 or 3]; a progress bar on stderr says of ``what``."""
+    parts = [images[start : start + extractor.batch_size] for start in range(0, len(images), extractor.batch_size)]
     features = []
     refresh = 0.5 if sys.stderr.isatty() else 10.0  # seconds
-    try:
-        with (
-            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-            tqdm(total=len(images), desc=f"features of {what}", unit="image", mininterval=refresh) as bar,
-        ):
-            for part in pool.map(extractor, parts):
-                features.append(part)
-                bar.update(len(part))
-    finally:
-        torch.set_num_threads(threads)  # some of what the workers set holds for the whole process
+    with tqdm(total=len(images), desc=f"features of {what}", unit="image", mininterval=refresh) as bar:
+        for part in map_batches(extractor, parts):
+            features.append(part)
+            bar.update(len(part))
     return Features(
         pool=torch.cat([part.pool for part in features]),
         spatial=torch.cat([part.spatial for part in features]),

@@ -101,7 +101,7 @@ class DiffuSSM(nn.Module):
         for linear in (self.time_mlp[0], self.time_mlp[2]):
             nn.init.normal_(linear.weight, std=0.02)
         if self.class_embedding is not None:
-            nn.init.normal_(self.class_embedding.weight, std=0.02)
+            nn.init.normal_(self.class_embedding.weight)
         for linear in (*(block.modulation for block in self.blocks), self.final_modulation, self.decode):
             nn.init.zeros_(linear.weight)
 

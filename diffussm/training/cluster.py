@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import glob
 import os
 import signal
 import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.cpp_extension import get_default_build_root
 
 from diffussm.errors import UserError
 
@@ -70,6 +74,9 @@ def connect() -> Cluster:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
+    if device.type == "cpu":
+        _announce_compilation(rank)
+        remove_stale_locks(_extensions())
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=PREPARATION_TIMEOUT)
     if (joined := dist.get_world_size()) != world_size:
         raise UserError(f"joined a group of {joined} ranks where the launcher announced {world_size}")
@@ -81,3 +88,33 @@ def _end_with_the_launcher() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _extensions() -> Path:
+    """Where torch keeps what DeepSpeed has it compile."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def _announce_compilation(rank: int) -> None:
+    if rank == 0 and not any(_extensions().rglob("deepspeed_shm_comm.so")):
+        print("compiling DeepSpeed's CPU communication, once: about a minute", file=sys.stderr, flush=True)
+
+
+def remove_stale_locks(extensions: Path) -> None:
+    """Remove the `lock` files of compilations that were killed: torch would wait for them for ever.
+
+    A compilation that is under way keeps its lock file open, which only Linux tells us.
+    """
+    if sys.platform == "linux":
+        for lock in extensions.rglob("lock"):
+            if not _is_open(lock):
+                lock.unlink(missing_ok=True)
+
+
+def _is_open(path: Path) -> bool:
+    target = os.path.realpath(path)
+    for descriptor in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # closed meanwhile, or another user's
+            if os.readlink(descriptor) == target:
+                return True
+    return False
