@@ -22,7 +22,7 @@ def test_the_default_is_fashion32_and_dotted_keys_override_it():
     assert launch.deepspeed == "x.json"
     assert launch.config.run_dir == "runs/fashion32"
     assert (launch.config.train.lr, launch.config.model.width) == (2e-4, 64)
-    assert launch.config.train.global_batch == 64
+    assert launch.config.train.global_batch == 32
 
 
 def test_the_defaults_are_the_papers():
@@ -42,7 +42,7 @@ def test_the_defaults_are_the_papers():
         (["--train.lr"], "train.lr"),
         (["--config", "xl9"], "'xl9' is neither a file nor one of .*fashion32"),
         (["--train.lr", "-1"], "train.lr -1.0 must be positive"),
-        (["--train.total_images", "10"], "train.total_images 10 must be ≥ train.global_batch 64"),
+        (["--train.total_images", "10"], "train.total_images 10 must be ≥ train.global_batch 32"),
         (["--sample.steps", "1001"], r"sample.steps 1001 must be in 1..1000"),
         (["--diffusion.label_drop", "1"], "diffusion.label_drop"),
         (["--model.hourglass", "3"], "model.hourglass 3"),

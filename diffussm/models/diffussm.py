@@ -101,6 +101,7 @@ class DiffuSSM(nn.Module):
         for linear in (self.time_mlp[0], self.time_mlp[2]):
             nn.init.normal_(linear.weight, std=0.02)
         if self.class_embedding is not None:
+            # as large as the embedding of the timestep grows: at 0.02, short runs hardly learn their classes
             nn.init.normal_(self.class_embedding.weight)
         for linear in (*(block.modulation for block in self.blocks), self.final_modulation, self.decode):
             nn.init.zeros_(linear.weight)

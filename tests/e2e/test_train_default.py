@@ -16,7 +16,7 @@ IMAGES = Path("/usr/share/datasets/fashion-mnist")
 @pytest.mark.skipif(not IMAGES.exists(), reason=f"no Fashion-MNIST in {IMAGES}: apt-get install dataset-fashion-mnist")
 def test_with_no_configuration(tmp_path):
     shutil.copytree(runs.ROOT / "ds_configs", tmp_path / "ds_configs")
-    one_step = ["--train.total_images=64", "--train.decay_images=0"]
+    one_step = ["--train.total_images=32", "--train.decay_images=0"]
     command = runs.command("deepspeed", 2, ["--deepspeed", "ds_configs/zero2.json", *one_step])
     done = runs.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
