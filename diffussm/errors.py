@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 WAIT_FOR_RANK_0 = 10  # seconds; launchers look at their ranks more often than that
+PEER_LOST = ("closed by peer", "reset by peer", "Broken pipe")
 
 
 class UserError(Exception):
@@ -34,6 +35,16 @@ def run_command(main: Callable[[], None]) -> None:
         if rank != "0":
             time.sleep(WAIT_FOR_RANK_0)
         fail(str(error) if rank == "0" else f"rank {rank}: {error}")
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in PEER_LOST):
+            time.sleep(
+                WAIT_FOR_RANK_0
+            )  # another rank has ended, and has said why: its exit code is to be the launcher's
+        raise
     except BrokenPipeError:  # `tool | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}")

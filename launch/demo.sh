@@ -12,19 +12,26 @@ step() { printf '\n\033[1m[%d:%02d] %s\033[0m\n' $(((SECONDS - began) / 60)) $((
 step "1/4  encode Fashion-MNIST into latent shards: data/fashion32"
 python tools/encode_latents.py --source fashion-mnist --codec pixel --out data/fashion32
 
-# An earlier demo that was killed may have left ranks that still train this run: let them end.
-if [ -e "$run/lock" ] && ! flock --nonblock "$run/lock" true; then
-    echo "$run is still being trained by $(cat "$run/lock"), left over from an earlier demo: waiting for its end (kill it to take over at once)"
-    flock "$run/lock" true
-fi
-
 step "2/4  train: $run"
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    deepspeed --quiet diffussm/train.py --deepspeed ds_configs/zero2.json
-else
-    export DS_ACCELERATOR=cpu
-    OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus 2 diffussm/train.py --deepspeed ds_configs/zero2.json
-fi
+train() {
+    if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        deepspeed --quiet diffussm/train.py --deepspeed ds_configs/zero2.json
+    else
+        DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
+            deepspeed --quiet --num_gpus 2 diffussm/train.py --deepspeed ds_configs/zero2.json
+    fi
+}
+in_use() { [ -e "$run/lock" ] && ! flock --nonblock "$run/lock" true; }
+# Where the first process of an earlier demo was killed, its ranks may live on and hold the run: let them end.
+wait_for_earlier() {
+    echo "$run is being trained by $(cat "$run/lock"), left over from an earlier demo: waiting (kill it to take over)"
+    flock "$run/lock" true
+}
+if in_use; then wait_for_earlier; fi
+until train; do
+    in_use || exit 1
+    wait_for_earlier
+done
 
 step "3/4  sample with the averaged weights and guidance"
 python tools/sample.py "$run" --count 400 --untrained

@@ -9,11 +9,17 @@ PATH=${PATH#"$PWD/.venv/bin:"} # never the interpreter of the .venv that is abou
 # also download the data set.
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
+"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+    missing+=(python3-dev python3-venv)
 [ -d /usr/share/datasets/fashion-mnist ] || missing+=(dataset-fashion-mnist)
 if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "setup: installing ${missing[*]}"
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } \
         >/dev/null || echo "setup: apt-get could not install ${missing[*]}" >&2
+fi
+if ! "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; then
+    echo "error: DeepSpeed needs the headers of $python to compile: install python3-dev (Debian) or python3-devel" >&2
+    exit 2
 fi
 if ! command -v g++ >/dev/null; then
     echo "error: DeepSpeed needs a C++ compiler: install g++ (Debian: apt-get install g++; Fedora: dnf install gcc-c++)" >&2
@@ -24,7 +30,7 @@ if ! "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 
     exit 2
 fi
 
-echo "setup: installing into .venv (a minute or two)"
+echo "setup: installing into .venv (a minute or two; more where pip fetches a CUDA build of torch)"
 "$python" -m venv --clear .venv # an interrupted installation starts over
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt 2>&1 | { grep -v '^WARNING' || true; }
 .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,17 @@ from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.encode import encode
 from diffussm.data.sources import ArrayImages
 from diffussm.data.store import open_store
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """In CI a test that could not run has failed: a fresh Debian machine can run them all."""
+    report = yield
+    if report.skipped and os.environ.get("CI") == "true":
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI does not allow: {report.longrepr}"
+    return report
+
 
 CLASSES = ["dark", "bright", "striped"]
 

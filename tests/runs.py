@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -42,12 +45,18 @@ def arguments(data: Path, run: Path, **overrides: object) -> list[str]:
     return [*zero2, *(f"--{key}={value}" for key, value in keys.items())]
 
 
-def command(launcher: str, ranks: int, args: list[str], port: int = 29517) -> list[str]:
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def command(launcher: str, ranks: int, args: list[str]) -> list[str]:
     """How a user starts ``ranks`` ranks with ``launcher``."""
-    bin = Path(sys.executable).parent
+    bin, port = Path(sys.executable).parent, f"--master_port={free_port()}"
     return {
-        "deepspeed": [str(bin / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port), TRAIN, *args],
-        "torchrun": [str(bin / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(port), TRAIN, *args],
+        "deepspeed": [str(bin / "deepspeed"), f"--num_gpus={ranks}", port, TRAIN, *args],
+        "torchrun": [str(bin / "torchrun"), f"--nproc_per_node={ranks}", port, TRAIN, *args],
         "python": [sys.executable, TRAIN, *args],
     }[launcher]
 
@@ -60,7 +69,10 @@ def environment() -> dict[str, str]:
 
 def run(command: list[str], cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run to the end, and leave no process behind whatever happens."""
-    process = start(command, cwd)
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment(), start_new_session=True, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     try:
         out, error = process.communicate(timeout=timeout)
     finally:
@@ -68,12 +80,22 @@ def run(command: list[str], cwd: Path | None = None, timeout: float = 300) -> su
     return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
-def start(command: list[str], cwd: Path | None = None) -> subprocess.Popen[str]:
-    """Start in a process group of its own."""
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment(), start_new_session=True, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+@contextlib.contextmanager
+def started(command: list[str], log: Path, until: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
+    """A command that has come so far that ``until`` holds; killed at the end, with all that it has started."""
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, env=environment(), start_new_session=True, text=True,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not until():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        yield process
+    finally:
+        kill(process)
 
 
 def kill(process: subprocess.Popen[str]) -> None:

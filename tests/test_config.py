@@ -41,6 +41,7 @@ def test_the_defaults_are_the_papers():
         (["--train.precision", "fp8"], "train.precision"),
         (["--train.lr"], "train.lr"),
         (["--config", "xl9"], "'xl9' is neither a file nor one of .*fashion32"),
+        (["--train.betas", "[2,3]"], "train.betas .* must be in"),
         (["--train.lr", "-1"], "train.lr -1.0 must be positive"),
         (["--train.total_images", "10"], "train.total_images 10 must be ≥ train.global_batch 32"),
         (["--sample.steps", "1001"], r"sample.steps 1001 must be in 1..1000"),

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from diffussm.autoencoders.codec import codec_from_spec
 from diffussm.commands.common import Parser, emit_json
 from diffussm.config import Config, SampleConfig, from_dict
-from diffussm.diffusion.generate import generate
 from diffussm.diffusion.samplers import SAMPLERS
-from diffussm.diffusion.schedule import Schedule
 from diffussm.errors import UserError
-from diffussm.files import atomic_path, write_json
-from diffussm.pictures import grid, save_png
-from diffussm.threads import map_batches
+from diffussm.files import write_json
+from diffussm.pictures import save_png
+from diffussm.sampling import GRID_CLASSES, class_rows, draw_images, save_npz
 from diffussm.training import checkpoint
 
 RUNS = "runs/*/checkpoints/latest"
-GRID_PER_CLASS, GRID_UNCONDITIONAL, GRID_CLASSES = 10, 64, 20  # images shown
 
 
 def main() -> None:
@@ -43,15 +35,26 @@ def main() -> None:
     )
     classes = chosen_classes(arguments.classes, meta["class_names"])
     labels = [classes[i % len(classes)] for i in range(arguments.count)] if classes else None
-    schedule = Schedule.linear(config.diffusion.steps).respace(settings.steps)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.steps > config.diffusion.steps:
+        raise UserError(f"--steps {settings.steps} is not in 1..{config.diffusion.steps}, the model's")
     if arguments.guidance_channels is not None and not 1 <= arguments.guidance_channels <= meta["channels"]:
         raise UserError(
             f"--guidance-channels {arguments.guidance_channels} is not in 1..{meta['channels']}, the latent's"
         )
 
-    def draw(network: nn.Module, settings: SampleConfig, name: str) -> np.ndarray:
-        return draw_images(network.eval().to(device), meta, schedule, labels, settings, arguments, device, name)
+    def draw(network: nn.Module, settings: SampleConfig, title: str) -> np.ndarray:
+        network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        return draw_images(
+            network,
+            meta,
+            labels,
+            settings,
+            count=arguments.count,
+            batch=arguments.batch,
+            seed=arguments.seed,
+            guidance_channels=arguments.guidance_channels,
+            title=title,
+        )
 
     out = arguments.out or folder.parent.parent / "samples"
     record = {
@@ -68,6 +71,7 @@ def main() -> None:
         "guidance_channels": arguments.guidance_channels,
         "seed": arguments.seed,
     }
+    (out / "samples.json").unlink(missing_ok=True)  # it would describe the images that are about to be replaced
     if arguments.untrained:
         torch.manual_seed(config.train.seed)
         unguided = replace(settings, guidance=1.0)  # it predicts 0 for every class: guidance would change nothing
@@ -77,7 +81,7 @@ def main() -> None:
     images = draw(model, settings, "samples")
     record["images_per_second"] = arguments.count / (time.perf_counter() - began)
     save_npz(out / "samples.npz", images, labels)
-    save_png(out / "grid.png", picture(images, labels, classes))
+    save_png(out / "grid.png", class_rows(images, labels, classes))
     write_json(out / "samples.json", record)
     if arguments.json != "-":
         print(f"{arguments.count} images of {folder} (after {meta['images']:,}), {settings.sampler}, {settings.steps}")
@@ -91,7 +95,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         "Draw samples with the averaged (EMA) weights: samples.npz in ADM's layout and grid.png, a row a class.",
-        "python tools/sample.py runs/fashion32 --classes Sandal,Bag --count 64 --guidance 2 --steps 50",
+        "python tools/sample.py runs/fashion32 --classes Sandal,Bag --count 64 --out sandals-and-bags",
     )
     parser.add_argument(
         "source", nargs="?", type=Path, help="folder of a run or a checkpoint (default: newest in runs/)"
@@ -144,73 +148,9 @@ def chosen_classes(text: str | None, names: list[str]) -> list[int]:
     for item in text.split(","):
         if item.strip() in names:
             chosen.append(names.index(item.strip()))
-        elif item.strip().isdigit() and int(item) < len(names):
+        elif item.strip().isdecimal() and int(item) < len(names):
             chosen.append(int(item))
         else:
             known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             raise UserError(f"--classes {item!r} is not one of 0..{len(names) - 1} or a name ({known})")
     return chosen
-
-
-def draw_images(
-    model: nn.Module,
-    meta: dict[str, Any],
-    schedule: Schedule,
-    labels: list[int] | None,
-    settings: SampleConfig,
-    arguments: argparse.Namespace,
-    device: torch.device,
-    name: str,
-) -> np.ndarray:
-    """uint8 images [count, H, W, channels], in batches."""
-    codec = codec_from_spec(meta["codec"])
-    numbers = range(arguments.count)
-    batches = [numbers[start : start + arguments.batch] for start in range(0, arguments.count, arguments.batch)]
-    with tqdm(
-        total=arguments.count,
-        desc=name,
-        unit="image",
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
-    ) as bar:
-
-        def draw_batch(indices: range) -> np.ndarray:
-            def count_steps(steps: range) -> Iterator[int]:
-                for step in steps:
-                    yield step
-                    bar.update(len(indices) / len(steps))
-
-            latents = generate(
-                model,
-                schedule,
-                meta["latent_shape"],
-                indices,
-                [labels[i] for i in indices] if labels else None,
-                num_classes=meta["num_classes"],
-                sampler=settings.sampler,
-                guidance=settings.guidance,
-                guidance_channels=arguments.guidance_channels,
-                seed=arguments.seed,
-                device=device,
-                progress=count_steps,
-            )
-            return codec.decode(latents)
-
-        return np.concatenate(list((map_batches if device.type == "cpu" else map)(draw_batch, batches)))
-
-
-def save_npz(path: Path, images: np.ndarray, labels: list[int] | None) -> None:
-    """ADM's layout: ``arr_0`` uint8 [N, H, W, 3], and ``arr_1`` the labels where there are some."""
-    colour = images if images.shape[3] == 3 else images.repeat(3, axis=3)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, colour, *([np.array(labels)] if labels else []))
-
-
-def picture(images: np.ndarray, labels: list[int] | None, classes: list[int]) -> np.ndarray:
-    """A row for each class, in the classes' order; without classes, rows of 8."""
-    zoom = max(1, 64 // images.shape[1])
-    if labels is None:
-        return grid(images[:GRID_UNCONDITIONAL], columns=8, zoom=zoom)
-    columns = min(GRID_PER_CLASS, len(images) // len(classes)) or 1
-    rows = [np.flatnonzero(np.array(labels) == c)[:columns] for c in classes[:GRID_CLASSES]]
-    return grid(images[np.concatenate(rows)], columns=columns, zoom=zoom)

@@ -33,6 +33,24 @@ def prepare(name: str, path: str | Path) -> None:
         encode(source, PixelCodec(*source.images.shape[1:]), store)
 
 
+def ensure_encoded(name: str, path: str | Path) -> None:
+    """Have ``path``, the folder of one split of data set ``name``, encoded if it holds no data set yet; and the other
+    split beside it.
+
+    Raises:
+        UserError: as :func:`prepare`; or the folder is not named as a split is.
+    """
+    store = open_store(path)
+    if store.exists(INDEX_NAME):
+        return
+    folder = Path(str(store))
+    if folder.name not in SPLITS:
+        raise UserError(
+            f"no {INDEX_NAME} in {store}, and {name} can be prepared only in a folder {' or '.join(SPLITS)}"
+        )
+    prepare(name, folder.parent)
+
+
 def raw_folder(out: str | Path, name: str) -> Path:
     """Where the files of source ``name`` are looked for, and downloaded to, when ``out`` is to be made from them."""
-    return Path(out).parent / f"{name}-raw"
+    return Path(str(open_store(out))).parent / f"{name}-raw"

@@ -38,7 +38,8 @@ def two_sided_kernel(
     """
     dt = log_dt_2D.exp().unsqueeze(-1)
     A_real = -log_A_real_2DN.exp()
-    decay, angle = dt * A_real, dt * A_imag_2DN  # ΔA
+    decay = dt * A_real  # ΔA: real part, and the imaginary in float64, which is multiplied by up to L below
+    angle = log_dt_2D.double().exp().unsqueeze(-1) * A_imag_2DN.double()
 
     # Ā^l for l = a·stride + b is Ā^(a·stride) · Ā^b: two tables of √L powers instead of one of L, joined by a matmul
     # over the states.
@@ -47,7 +48,7 @@ def two_sided_kernel(
     low_real, low_imag = _powers(decay, angle, torch.arange(stride, device=dt.device))  # [2, D, N, stride]
     high_real, high_imag = _powers(decay, angle, stride * torch.arange(rows, device=dt.device))  # [2, D, N, rows]
 
-    B_real, B_imag = _zero_order_hold(decay, angle, A_real, A_imag_2DN)
+    B_real, B_imag = _zero_order_hold(decay, angle.to(decay.dtype), A_real, A_imag_2DN)
     C_real, C_imag = C_2DN2.unbind(-1)
     CB_real = (2 * (C_real * B_real - C_imag * B_imag)).unsqueeze(-1)
     CB_imag = (2 * (C_real * B_imag + C_imag * B_real)).unsqueeze(-1)
@@ -65,8 +66,8 @@ def two_sided_kernel(
 
 def _powers(decay: Tensor, angle: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of exp((decay + i·angle)·k) for each exponent k, on a new last axis."""
-    turns = angle.double().unsqueeze(-1) * (exponents / (2 * math.pi))  # an fp32 angle of 1e4 has lost 3 digits already
-    phase = ((turns - turns.detach().round()) * (2 * math.pi)).to(angle.dtype)
+    turns = angle.unsqueeze(-1) * (exponents.double() / (2 * math.pi))  # an fp32 angle of 1e4 has lost 3 digits already
+    phase = ((turns - turns.detach().round()) * (2 * math.pi)).to(decay.dtype)
     modulus = (decay.unsqueeze(-1) * exponents).exp()
     return modulus * phase.cos(), modulus * phase.sin()
 

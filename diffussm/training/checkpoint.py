@@ -74,14 +74,14 @@ def save(
         os.replace(partial, final)
         fsync(folder)
         write_atomically(folder / "latest", final.name + "\n")
-        for old in _by_progress(folder)[keep:]:
+        for old in [path for path in _by_progress(folder) if path < final][keep - 1 :]:
             shutil.rmtree(old)
     barrier()
     return final
 
 
 def find(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run's `checkpoints/`, or None. Torn ones are passed over with a warning."""
+    """The newest complete checkpoint of a run's `checkpoints/`, or None. Torn ones are passed over, with a warning."""
     for candidate in _by_progress(folder):
         try:
             verify(candidate)
@@ -100,6 +100,8 @@ def verify(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint} is not a complete checkpoint: it has no manifest.json") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{checkpoint} is torn: manifest.json cannot be read ({error})") from None
+    if not {"meta.json", "ema.safetensors"} <= files.keys() or any(".." in Path(name).parts for name in files):
+        raise UserError(f"{checkpoint} is torn: manifest.json does not list the files of a checkpoint")
     for path, size, sha256 in expected:
         if not path.is_file():
             raise UserError(f"{checkpoint} is torn: {path.name} is missing")

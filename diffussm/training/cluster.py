@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from diffussm.errors import UserError
 
-PREPARATION_TIMEOUT = timedelta(hours=6)  # of a barrier: rank 0 may be encoding the data set meanwhile
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,19 @@ class Cluster:
     def barrier(self) -> None:
         dist.barrier()
 
+    def from_main(self, function: Callable[[], Result]) -> Result:
+        """What ``function`` returns on rank 0, on every rank; a UserError that it raises there, likewise."""
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = function()
+            except UserError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
+
 
 def connect() -> Cluster:
     """Join the group that the launcher (deepspeed, torchrun, or none: one process) describes in the environment."""
@@ -61,7 +75,7 @@ def connect() -> Cluster:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "0",
         }
-    else:
+    elif "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:  # torchrun's child, or deepspeed's
         _end_with_the_launcher()
     for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
@@ -77,7 +91,7 @@ def connect() -> Cluster:
     if device.type == "cpu":
         _announce_compilation(rank)
         remove_stale_locks(_extensions())
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=PREPARATION_TIMEOUT)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     if (joined := dist.get_world_size()) != world_size:
         raise UserError(f"joined a group of {joined} ranks where the launcher announced {world_size}")
     return Cluster(rank, world_size, local_rank, device)
@@ -106,7 +120,7 @@ def remove_stale_locks(extensions: Path) -> None:
     A compilation that is under way keeps its lock file open, which only Linux tells us.
     """
     if sys.platform == "linux":
-        for lock in extensions.rglob("lock"):
+        for lock in extensions.rglob("deepspeed_shm_comm/lock"):
             if not _is_open(lock):
                 lock.unlink(missing_ok=True)
 

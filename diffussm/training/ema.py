@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -53,12 +54,17 @@ class ShardedEMA:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a whole average, at whatever world size it was saved. Every rank calls it."""
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param
 
         with self._swapped():
             for name, parameter in self.engine.module.named_parameters():
                 value = state[name].to(self.engine.device)
-                if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+                if hasattr(parameter, "ds_id"):  # DeepSpeed's own setter forgets that partitions are padded
+                    partition = safe_get_local_fp32_param(parameter)
+                    padded = value.new_zeros(partition.numel() * dist.get_world_size())
+                    padded[: value.numel()] = value.flatten()
+                    partition.copy_(padded.view(dist.get_world_size(), -1)[dist.get_rank()].view_as(partition))
+                elif hasattr(parameter, "_hp_mapping"):
                     safe_set_full_fp32_param(parameter, value)
                 else:
                     parameter.copy_(value)

@@ -25,7 +25,7 @@ from diffussm.diffusion.generate import generate
 from diffussm.diffusion.losses import hybrid_loss
 from diffussm.diffusion.schedule import Schedule
 from diffussm.errors import UserError
-from diffussm.files import hold_lock, write_atomically
+from diffussm.files import write_atomically, write_json
 from diffussm.models.diffussm import DiffuSSM
 from diffussm.models.macs import forward_macs
 from diffussm.pictures import grid
@@ -64,13 +64,13 @@ class Trainer:
             )
         ds_config = complete_ds_config(ds_config, train, cluster)
         order = SampleOrder(index.shard_counts, train.global_batch, train.seed)
-        if cluster.is_main:
-            self.lock = hold_lock(self.run / "lock")
-            write_atomically(self.run / "config.yaml", config.to_yaml())
-        found = self._find_checkpoint()
+        found = cluster.from_main(self._find_checkpoint)
         self.images = checkpoint.load_meta(found)["images"] if found else 0
         if found:
             self._check_fit(found, int(ds_config.get("zero_optimization", {}).get("stage", 0)))
+        if cluster.is_main:
+            write_atomically(self.run / "config.yaml", config.to_yaml())
+            write_json(self.run / "ds_config.json", ds_config)
 
         torch.manual_seed(train.seed)  # the initial weights, alike on every rank
         model = DiffuSSM(config.model, self.shape[0], self.num_classes).to(cluster.device)
@@ -117,13 +117,13 @@ class Trainer:
                 self.train_step()
                 if self.monitor:
                     self.monitor.progress(self.images)
-                done = self.images >= train.total_images
-                if self.due(train.log_images) or done:
+                save = self.due(train.checkpoint_images) or self.images >= train.total_images
+                if self.due(train.log_images) or save:  # a checkpoint holds no losses that wait for their record
                     self.log()
-                if self.due(train.checkpoint_images) or done:
-                    self.save()
                 if self.due(train.sample_images):
                     self.draw_samples()
+                if save:
+                    self.save()
         if self.monitor:
             self.monitor.close()
 
@@ -167,10 +167,15 @@ class Trainer:
         now = time.perf_counter()
         rate = (self.images - self.logged_images) / (now - self.logged_at)
         self.losses, self.logged_images, self.logged_at = [], self.images, now
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm()  # None at stage 0
+        if not math.isfinite(total) or (norm is not None and not math.isfinite(norm)):
+            raise UserError(
+                f"the loss or its gradient is not finite at {self.images:,} images; checkpoints of before are intact:"
+                " lower train.lr, and start again to go on from the newest"
+            )
         if self.monitor:
             values = {"loss/total": total, "loss/mse": mse, "loss/vlb": vlb}
-            if norm is not None:  # DeepSpeed computes none at stage 0
+            if norm is not None:
                 values["grad_norm"] = float(norm)
             for group in self.engine.optimizer.param_groups:
                 values[f"lr/{group['name']}"] = group["lr"]
@@ -262,22 +267,17 @@ class Trainer:
         return {"channels": self.shape[0], "num_classes": self.num_classes, "data_hash": self.index.hash}
 
     def _find_checkpoint(self) -> Path | None:
-        """Where to go on from, the same on every rank; only one reads all of it to verify it. Collective."""
+        """The checkpoint to go on from. It is read as a whole to verify it: by one rank."""
         resume, folder = self.config.train.resume, self.run / "checkpoints"
-        found: list[Path | None] = [None]
-        if self.cluster.is_main:
-            if resume == "auto":
-                found = [checkpoint.find(folder)]
-            elif resume == "none":
-                if any(folder.glob("images-*")):
-                    raise UserError(
-                        f"train.resume none, but {folder} holds checkpoints: say auto, or choose another run"
-                    )
-            else:
-                checkpoint.verify(Path(resume))
-                found = [Path(resume)]
-        dist.broadcast_object_list(found)
-        return found[0]
+        newest = checkpoint.find(folder)
+        if resume == "auto":
+            return newest
+        if newest and (resume == "none" or Path(resume).resolve() != newest.resolve()):
+            raise UserError(f"train.resume {resume}, but {newest} exists: say auto, or choose another --run_dir")
+        if resume == "none":
+            return None
+        checkpoint.verify(Path(resume))
+        return Path(resume)
 
     def _check_fit(self, found: Path, zero_stage: int) -> None:
         """Raise UserError unless this run continues the checkpoint's exactly."""

@@ -1,4 +1,4 @@
-"""Two ranks train a small network; each step the masters are gathered, and averaged in full beside the sharded EMA."""
+"""Some ranks train a small network; each step the masters are gathered, and averaged in full beside the sharded EMA."""
 
 import math
 import sys
@@ -15,14 +15,15 @@ from diffussm.training.engine import make_engine, set_rates
 
 stage, out = int(sys.argv[1]), Path(sys.argv[2])
 cluster = connect()
+BATCH = 2 * cluster.world_size
 torch.manual_seed(0)
 
 
 model = HourglassBlock(8, 2, 4)
 torch.nn.init.normal_(model.modulation.weight)
-train = TrainConfig(lr=1e-2, ssm_lr=1e-3, global_batch=4)
+train = TrainConfig(lr=1e-2, ssm_lr=1e-3, global_batch=BATCH)
 ds_config = {
-    "train_batch_size": 4,
+    "train_batch_size": BATCH,
     "train_micro_batch_size_per_gpu": 2,
     "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
 }
@@ -41,13 +42,13 @@ def masters():
 reference = masters()
 for step in range(1, 9):
     set_rates(engine, train, 1.0)
-    generator = torch.Generator().manual_seed(2 * step + cluster.rank)
+    generator = torch.Generator().manual_seed(10 * step + cluster.rank)
     loss = engine(torch.randn(2, 3, 8, generator=generator), torch.randn(2, 8, generator=generator)).square().mean()
     engine.backward(loss)
     engine.step()
     before = masters()
-    ema.update(4 * step, 4)
-    decay = min(math.exp(-4 / 40), step / (step + 9))
+    ema.update(BATCH * step, BATCH)
+    decay = min(math.exp(-BATCH / 40), step / (step + 9))
     for name, weight in before.items():
         reference[name] = torch.lerp(reference[name], weight, 1 - decay)
 

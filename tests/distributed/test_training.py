@@ -22,6 +22,14 @@ pytestmark = pytest.mark.distributed
 EXACT = ("images", "loss/total", "loss/mse", "loss/vlb", "grad_norm", "lr/dense", "lr/ssm")
 
 
+FILES = ["checkpoints", "config.yaml", "ds_config.json", "lock", "log.jsonl", "tensorboard"]
+
+
+def seen(run: Path) -> int:
+    """Images of the last record."""
+    return max((record["images"] for record in log_of(run)), default=0)
+
+
 def curve(run: Path) -> list[tuple]:
     return [tuple(record[key] for key in EXACT) for record in log_of(run)]
 
@@ -59,17 +67,13 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(trained, shades, tmp_path):
     run = tmp_path / "run"
     command = runs.command("deepspeed", 2, runs.arguments(shades, run))
     for images in (24, 40, 88):  # before the first checkpoint, at and after others
-        process = runs.start(command)
-        deadline = time.monotonic() + 120
-        while not (log := log_of(run)) or log[-1]["images"] < images:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.01)
-        runs.kill(process)
+        with runs.started(command, tmp_path / "log", lambda so_far=images: seen(run) >= so_far):
+            pass
     done = runs.run(command)
     assert done.returncode == 0, done.stderr
     assert curve(run) == curve(trained)
     assert same(weights(run), weights(trained))
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "lock", "log.jsonl", "tensorboard"]
+    assert sorted(p.name for p in run.iterdir()) == FILES
     assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] == "latest"
 
 
@@ -107,25 +111,76 @@ def test_bf16_autocast_keeps_parameters_in_fp32(trained, shades, tmp_path):
             assert (weight != weight.bfloat16().float()).float().mean() > 0.9, name
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_other_zero_stages_resume_and_agree(stage, trained, shades, tmp_path):
+    run = tmp_path / "run"
+    zero = ["--deepspeed", str(runs.ROOT / f"ds_configs/zero{stage}.json")]
+    once = [*runs.arguments(shades, run), *zero]
+    with runs.started(runs.command("torchrun", 2, once), tmp_path / "log", lambda: seen(run) >= 40):
+        pass
+    done = runs.run(runs.command("torchrun", 2, once))
+    assert done.returncode == 0, done.stderr
+    assert "going on at" in done.stderr
+    for mine, theirs in zip(curve(run), curve(trained), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    for name, weight in weights(run).items():
+        assert torch.allclose(weight, weights(trained)[name], atol=1e-5), name
+
+
+def test_records_between_checkpoints_are_those_of_an_unbroken_run(shades, tmp_path):
+    keys = {"train__log_images": 24, "train__checkpoint_images": 32, "train__decay_images": 0}
+    whole = runs.run(runs.command("python", 1, runs.arguments(shades, tmp_path / "a", train__total_images=64, **keys)))
+    assert whole.returncode == 0, whole.stderr
+    for total in (32, 64):
+        args = runs.arguments(shades, tmp_path / "b", train__total_images=total, **keys)
+        assert runs.run(runs.command("python", 1, args)).returncode == 0
+    assert [images for images, *_ in curve(tmp_path / "a")] == [24, 32, 48, 64]
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(shades, tmp_path):
+    run = tmp_path / "run"
+    args = runs.arguments(shades, run, train__lr=1e30, train__ssm_lr=1e30, train__warmup_images=0, train__clip=0)
+    done = runs.run(runs.command("python", 1, args))
+    assert done.returncode == 2
+    assert "is not finite at" in errors(done.stderr)[0]
+    assert not (run / "checkpoints").exists()
+
+
+def test_many_ranks_refuse_with_one_line(trained, shades, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    done = runs.run(runs.command("deepspeed", 2, runs.arguments(shades, run, train__resume="none")))
+    assert done.returncode == 2
+    assert len(errors(done.stderr)) == 1 and "say auto" in errors(done.stderr)[0]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
         ({"model__width": 32}, "was saved with model"),
         ({"train__global_batch": 16}, "was saved with train.global_batch 8, this run has 16"),
         ({"train__seed": 1}, "was saved with train.seed 0, this run has 1"),
-        ({"train__resume": "none"}, "holds checkpoints: say auto"),
-        ({"train__resume": "/nowhere"}, "/nowhere is not a complete checkpoint"),
+        ({"train__resume": "/nowhere"}, "exists: say auto, or choose another --run_dir"),
         ({}, "was saved with world size 2, this run has 1"),
     ],
 )
 def test_what_does_not_continue_the_run_is_refused(trained, shades, tmp_path, overrides, line):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in ("lock", "config.yaml")}
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
     done = runs.run(runs.command("python", 1, runs.arguments(shades, run, **overrides)))
     assert done.returncode == 2
     assert len(errors(done.stderr)) == 1 and line in errors(done.stderr)[0]
     assert before == {p: p.read_bytes() for p in before}
+
+
+def test_a_path_that_is_no_checkpoint_is_refused(shades, tmp_path):
+    args = runs.arguments(shades, tmp_path / "run", train__resume="/nowhere")
+    done = runs.run(runs.command("python", 1, args))
+    assert done.returncode == 2
+    assert "/nowhere is not a complete checkpoint" in errors(done.stderr)[0]
 
 
 def test_an_altered_sample_stops_the_run_and_is_named(shades, tmp_path):
@@ -143,32 +198,26 @@ def test_an_altered_sample_stops_the_run_and_is_named(shades, tmp_path):
 
 
 def test_two_runs_cannot_write_into_one_folder(shades, tmp_path):
-    command = runs.command("python", 1, runs.arguments(shades, tmp_path / "run", train__total_images=100_000))
-    first = runs.start(command)
-    while not log_of(tmp_path / "run"):
-        assert first.poll() is None, first.communicate()[1]
-        time.sleep(0.05)
-    second = runs.run(command)
-    assert second.returncode == 2
-    assert f"is in use by process {first.pid}" in second.stderr
-    assert first.poll() is None
-    runs.kill(first)
+    run = tmp_path / "run"
+    command = runs.command("python", 1, runs.arguments(shades, run, train__total_images=100_000))
+    with runs.started(command, tmp_path / "log", lambda: seen(run) > 0) as first:
+        second = runs.run(command)
+        assert second.returncode == 2
+        assert f"is in use by process {first.pid}" in second.stderr
+        assert first.poll() is None
 
 
 def test_ranks_end_with_their_launcher(shades, tmp_path):
-    args = runs.arguments(shades, tmp_path / "run", train__total_images=100_000)
-    launcher = runs.start(runs.command("torchrun", 2, args))
-    while not log_of(tmp_path / "run"):
-        assert launcher.poll() is None, launcher.communicate()[1]
-        time.sleep(0.05)
-    launcher.send_signal(signal.SIGKILL)  # the launcher alone
-    launcher.wait()
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            hold_lock(tmp_path / "run/lock").close()
-            break
-        except UserError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    runs.kill(launcher)
+    run = tmp_path / "run"
+    command = runs.command("torchrun", 2, runs.arguments(shades, run, train__total_images=100_000))
+    with runs.started(command, tmp_path / "log", lambda: seen(run) > 0) as launcher:
+        launcher.send_signal(signal.SIGKILL)  # the launcher alone
+        launcher.wait()
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                hold_lock(run / "lock").close()
+                break
+            except UserError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)

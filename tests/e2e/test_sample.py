@@ -69,7 +69,7 @@ def test_classes_by_name_and_number(trained, tmp_path, monkeypatch):
     ("arguments", "line"),
     [
         (["--classes", "3"], "--classes '3' is not one of 0..2"),
-        (["--classes", "-1"], "is not one of 0..2"),
+        (["--classes", "²"], "is not one of 0..2"),
         (["--classes", "plaid"], "--classes 'plaid' is not one of 0..2 or a name (dark, bright, striped)"),
         (["--steps", "1001"], "1..1000"),
         (["--steps", "0"], "at least 1"),

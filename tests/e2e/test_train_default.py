@@ -41,4 +41,4 @@ def test_bad_input_ends_the_launcher_with_one_line_and_code_2(tmp_path, argument
     assert done.returncode == 2
     (message,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert line in message
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("runs/*/config.yaml"))

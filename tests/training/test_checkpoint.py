@@ -8,6 +8,7 @@ import torch
 
 from diffussm.config import Config, to_dict
 from diffussm.errors import UserError
+from diffussm.files import sha256_of
 from diffussm.models.diffussm import DiffuSSM, ModelConfig
 from diffussm.training import checkpoint
 
@@ -103,7 +104,9 @@ def test_the_weights_of_another_model_are_refused(tmp_path):
     meta = json.loads((folder / "meta.json").read_text())
     meta["config"]["model"]["depth"] = 2
     (folder / "meta.json").write_text(json.dumps(meta))
-    (folder / "manifest.json").write_text("{}")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["meta.json"] = {"size": (folder / "meta.json").stat().st_size, "sha256": sha256_of(folder / "meta.json")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="does not fit the model"):
         checkpoint.load_model(folder)
 
@@ -111,16 +114,26 @@ def test_the_weights_of_another_model_are_refused(tmp_path):
 def test_a_manifest_cannot_point_out_of_its_folder(tmp_path):
     save(tmp_path, 1)
     folder = tmp_path / "images-000000000001"
-    (folder / "manifest.json").write_text(json.dumps({"../latest": {"size": 1, "sha256": ""}}))
-    with pytest.raises(UserError, match="torn"):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    outside = {"size": (tmp_path / "latest").stat().st_size, "sha256": sha256_of(tmp_path / "latest")}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"../latest": outside}))
+    with pytest.raises(UserError, match="does not list the files"):
         checkpoint.verify(folder)
+
+
+def test_saving_below_newer_ones_keeps_what_it_saves(tmp_path):
+    for images in (5, 9, 7):
+        save(tmp_path, images, keep=1)
+    assert sorted(p.name for p in tmp_path.glob("images-*")) == [f"images-{n:012d}" for n in (7, 9)]
 
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="does not list the files"):
+        checkpoint.load_model(tmp_path)
     (tmp_path / "meta.json").write_text('{"format": "other/9"}')
     with pytest.raises(UserError, match="other/9"):
-        checkpoint.load_model(tmp_path)
+        checkpoint.load_meta(tmp_path)
     shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match="not a complete checkpoint"):
         checkpoint.load_model(tmp_path)

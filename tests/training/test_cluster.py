@@ -8,7 +8,10 @@ pytestmark = pytest.mark.unit
 
 
 def test_only_locks_that_nobody_holds_open_are_stale(tmp_path):
-    stale, held, other = (tmp_path / "py311_cpu" / name for name in ("killed/lock", "building/lock", "killed/op.so"))
+    stale, held, other = (
+        tmp_path / "py311_cpu" / name
+        for name in ("a/deepspeed_shm_comm/lock", "b/deepspeed_shm_comm/lock", "c/other_project/lock")
+    )
     for path in (stale, held, other):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
