@@ -34,7 +34,7 @@ until train; do
 done
 
 step "3/4  sample with the averaged weights and guidance"
-python tools/sample.py "$run" --count 400 --untrained
+python tools/sample.py "$run" --count 300 --untrained
 
 step "4/4  score"
 python tools/eval_fid.py "$run/samples/samples.npz" --max-reference 2000
