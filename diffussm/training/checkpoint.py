@@ -54,8 +54,8 @@ def save(
     final = folder / f"images-{meta['images']:012d}"
     partial = folder / f".{final.name}.partial"
     if is_main:
-        for leftover in folder.glob(".*.partial"):  # of a killed run: the lock on the run says that it has ended
-            shutil.rmtree(leftover)
+        for leftover in folder.glob(".*"):  # of a killed run: the lock on the run says that it has ended
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
     save_engine(partial)

@@ -10,7 +10,11 @@ import pytest
 import runs
 from PIL import Image
 
+from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.commands import sample
+from diffussm.data.encode import encode
+from diffussm.data.sources import ArrayImages
+from diffussm.data.store import open_store
 from diffussm.errors import run_command
 
 pytestmark = pytest.mark.e2e
@@ -63,6 +67,18 @@ def test_classes_by_name_and_number(trained, tmp_path, monkeypatch):
     call(monkeypatch, trained, "--out", tmp_path, "--count", 4, "--classes", "striped,0")
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
         assert file["arr_1"].tolist() == [2, 0, 2, 0]
+
+
+def test_an_unconditional_model_trains_and_samples(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 9, 9, 3), dtype=np.uint8)
+    images = ArrayImages("noise/train", [], pixels, np.zeros(40, np.int64))
+    encode(images, PixelCodec(9, 9, 3, size=10), open_store(tmp_path / "data/train"))  # latents of 12×5×5
+    keys = {"model__hourglass": 1, "train__total_images": 16, "train__decay_images": 0}
+    done = runs.run(runs.command("python", 1, runs.arguments(tmp_path / "data", tmp_path / "run", **keys)))
+    assert done.returncode == 0, done.stderr
+    call(monkeypatch, tmp_path / "run", "--count", 5)
+    with np.load(tmp_path / "run/samples/samples.npz", allow_pickle=False) as file:
+        assert file.files == ["arr_0"] and file["arr_0"].shape == (5, 9, 9, 3)
 
 
 @pytest.mark.parametrize(
