@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,12 @@ def newest_samples() -> Path:
     found = sorted(Path().glob(SAMPLES), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"nothing to score: no {SAMPLES} here: draw some with python tools/sample.py, or name a file")
-    return found[-1]
+    samples = found[-1]
+    for latest in Path().glob("runs/*/checkpoints/latest"):
+        run = latest.parent.parent
+        if run != samples.parent.parent and latest.stat().st_mtime > samples.stat().st_mtime:
+            print(f"note: {run} is newer, and has no samples: python tools/sample.py {run}", file=sys.stderr)
+    return samples
 
 
 def read_record(samples: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from diffussm.autoencoders.pixel import PixelCodec
-from diffussm.commands.eval_fid import main
+from diffussm.commands.eval_fid import main, newest_samples
 from diffussm.data.encode import encode
 from diffussm.data.sources import ArrayImages
 from diffussm.data.store import open_store
@@ -180,3 +180,16 @@ def test_refuses_when_there_is_nothing_to_do(run: Callable[..., str]) -> None:
     assert_matches(run("good.npz", "--max-reference", "1"), "--max-reference must be at least 2")
     Path("good.json").write_text("{")
     assert_matches(run("good.npz"), "good.json is damaged.*python tools/sample.py")
+
+
+def test_a_newer_run_without_samples_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for time, name in enumerate(
+        ("runs/a/samples/samples.npz", "runs/a/checkpoints/latest", "runs/b/checkpoints/latest")
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (time, time))
+    assert newest_samples() == Path("runs/a/samples/samples.npz")
+    assert capsys.readouterr().err == "note: runs/b is newer, and has no samples: python tools/sample.py runs/b\n"
