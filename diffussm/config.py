@@ -81,7 +81,10 @@ class TrainConfig:
         total_images: where the run ends.
         global_batch: images an optimizer step, over all ranks and accumulated micro-batches.
         micro_batch: images a rank and forward pass; null: as many as need no accumulation.
+        activation_checkpointing: keep only each block's input for the backward pass, which computes the rest again: far
+            less memory for a third more computation.
         precision: bf16 is autocast over fp32 weights; auto takes it where the hardware multiplies bf16, else fp32.
+        ssm_backend: fft or chunked; auto times both on the run's shapes at its start, and the run keeps the faster.
         lr: learning rate of the dense weights.
         ssm_lr: learning rate of the state space parameters; null: the same.
         betas: of AdamW.
@@ -102,7 +105,9 @@ class TrainConfig:
     total_images: int = 660_000_000
     global_batch: int = 256
     micro_batch: int | None = None
+    activation_checkpointing: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    ssm_backend: Literal["auto", "fft", "chunked"] = "auto"
     lr: float = 1e-4
     ssm_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)

@@ -27,8 +27,9 @@ def recurrence(u_BLD: Tensor, parameters: list[Tensor]) -> Tensor:
     log_dt, log_A_real, A_imag, C, skip = (p.double() for p in parameters)
     u = u_BLD.double()
     A = torch.complex(-log_A_real.exp(), A_imag)
-    A_bar = torch.exp(log_dt.exp().unsqueeze(-1) * A)
-    B_bar = (A_bar - 1) / A
+    dt_A = log_dt.exp().unsqueeze(-1) * A
+    A_bar = torch.exp(dt_A)
+    B_bar = torch.expm1(dt_A) / A
     C = torch.complex(C[..., 0], C[..., 1])
     out = [u[:, position] * skip for position in range(u.shape[1])]
     for direction, order in enumerate((range(u.shape[1]), reversed(range(u.shape[1])))):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffussm.errors import UserError
 from diffussm.models.block import HourglassBlock, modulate
+from diffussm.models.s4d import BiSSM
+from diffussm.ops import s4d as ops
+from diffussm.ops.kernel import discretize
 
 PRESETS = {  # name: (width, depth). XL is the paper's; it names no other size: ours follow DiT's widths.
     "Ti": (192, 12),
@@ -73,13 +78,18 @@ class DiffuSSM(nn.Module):
         config: the size.
         channels: C, of the latent.
         num_classes: 0 for an unconditional model; label ``num_classes`` is the null class of classifier-free guidance.
+        activation_checkpointing: while training, keep only each block's input and compute the rest again in the
+            backward pass.
     """
 
-    def __init__(self, config: ModelConfig, channels: int, num_classes: int) -> None:
+    def __init__(
+        self, config: ModelConfig, channels: int, num_classes: int, activation_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         config = config.resolved()
         width = config.width
         self.config, self.channels, self.num_classes = config, channels, num_classes
+        self.activation_checkpointing = activation_checkpointing
         self.embed = nn.Linear(channels, width)
         self.fold = nn.Linear(config.hourglass * width, width)
         self.time_mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
@@ -90,6 +100,11 @@ class DiffuSSM(nn.Module):
         self.final_modulation = nn.Linear(width, 2 * width)
         self.decode = nn.Linear(width, 2 * channels)
         self.initialize()
+
+    def set_ssm_backend(self, backend: Literal["auto", "fft", "chunked"]) -> None:
+        """Of the state space layers while they train; evaluation convolves with a kernel that it keeps."""
+        for block in self.blocks:
+            block.ssm.backend = backend
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -130,12 +145,25 @@ class DiffuSSM(nn.Module):
                 y_B = torch.full_like(t_B, self.num_classes)
             condition_BD = condition_BD + self.class_embedding(y_B)
         for block in self.blocks:
-            x_BJD = block(x_BJD, condition_BD)
+            if self.activation_checkpointing and self.training:  # nothing in a block is random: no RNG state to keep
+                x_BJD = checkpoint(block, x_BJD, condition_BD, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BJD = block(x_BJD, condition_BD)
 
         tokens_BLD = self.unfold(x_BJD).view(batch, height * width, -1)
         shift_BD, scale_BD = self.final_modulation(F.silu(condition_BD)).chunk(2, dim=-1)
         out_BLC = self.decode(modulate(self.final_norm(tokens_BLD), shift_BD, scale_BD))
         return out_BLC.float().transpose(1, 2).reshape(batch, 2 * channels, height, width)
+
+
+def fastest_backend(config: ModelConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The backend of the S4D that trains this model faster, timed here on a batch of its size: fft or chunked."""
+    config = config.resolved()
+    modes = discretize(BiSSM(config.width, config.state).to(device).s4d_parameters())
+    shape = (config.hourglass, config.width, batch, length // config.hourglass)
+    u_DBJM = torch.randn(shape, device=device, dtype=dtype).permute(1, 2, 3, 0).requires_grad_()
+    with torch.enable_grad():
+        return ops.fastest_backend(u_DBJM, modes)
 
 
 def timestep_embedding(t_B: Tensor) -> Tensor:

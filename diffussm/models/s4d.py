@@ -1,22 +1,23 @@
-"""The bidirectional state space layer (BiSSM): S4D's parameters and the mix of the channels."""
+"""The bidirectional state space layer: S4D's parameters, and the kernel's spectrum that evaluation keeps."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from diffussm.ops.s4d import two_sided_convolution, two_sided_kernel
+from diffussm.ops.s4d import S4DParameters, kernel_spectrum, s4d
 
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
 
 class BiSSM(nn.Module):
-    """A causal and an anti-causal S4D with their own parameters, summed, plus the skip D∘u, then a pointwise D→D mix.
+    """A causal and an anti-causal S4D with their own parameters, summed, plus the skip D∘u.
 
     Initialised as S4D-Lin: A_n = -1/2 + iπn, Δ log-uniform in [1e-3, 1e-1], C complex normal (arXiv 2206.11893).
-    The state space parameters carry ``is_ssm = True``: the optimizer gives them their own learning rate and no decay.
+    The parameters carry ``is_ssm = True``: the optimizer gives them their own learning rate and no decay.
 
     Args:
         width: D, channels.
@@ -29,13 +30,12 @@ class BiSSM(nn.Module):
         self.log_dt = nn.Parameter(torch.empty(2, width))
         self.log_A_real = nn.Parameter(torch.empty(2, width, pairs))
         self.A_imag = nn.Parameter(torch.empty(2, width, pairs))
-        self.C = nn.Parameter(
-            torch.empty(2, width, pairs, 2)
-        )  # (real, imaginary): complex parameters cannot be cast or sharded
+        self.C = nn.Parameter(torch.empty(2, width, pairs, 2))
         self.skip = nn.Parameter(torch.empty(width))
         for parameter in self.parameters():
             parameter.is_ssm = True
-        self.mix = nn.Linear(width, width)
+        self.backend: Literal["auto", "fft", "chunked"] = "auto"  # of training: evaluation convolves with the spectrum
+        self._kept: tuple[int, Tensor, Tensor] | None = None  # length, parameters, spectrum
         self.reset_parameters()
 
     @torch.no_grad()
@@ -47,11 +47,31 @@ class BiSSM(nn.Module):
         self.C.normal_(std=math.sqrt(0.5))  # unit variance as a complex number
         self.skip.normal_()
 
-    def forward(self, u_BLD: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]."""
-        with torch.autocast(u_BLD.device.type, enabled=False):
-            kernel_D2L = two_sided_kernel(
-                self.log_dt, self.log_A_real, self.A_imag, self.C, self.skip, length=u_BLD.shape[1]
-            )
-            y_BLD = two_sided_convolution(u_BLD, kernel_D2L)
-        return self.mix(y_BLD)
+    def s4d_parameters(self) -> S4DParameters:
+        """As the ops take them."""
+        return S4DParameters(self.log_dt, self.log_A_real, self.A_imag, self.C, self.skip)
+
+    def forward(self, u: Tensor, layout: Literal["BLD", "DBL"] = "BLD") -> Tensor:
+        """[B, L, D], or channels first [D, B, ...positions], to the same."""
+        parameters = self.s4d_parameters()
+        if self.training or torch.is_grad_enabled():
+            self._kept = None
+            return s4d(u, parameters, layout=layout, backend=self.backend)
+        length = u.shape[1] if layout == "BLD" else math.prod(u.shape[2:])
+        return s4d(u, parameters, layout=layout, spectrum=self._spectrum(parameters, length))
+
+    def _spectrum(self, parameters: S4DParameters, length: int) -> Tensor:
+        """The kernel's spectrum, generated anew only if the length or a value of the parameters is another.
+
+        Values are compared, not version counters: a write through ``.data``, as an optimizer that holds flat buffers
+        makes it, leaves those as they were. It costs a thousandth of a block.
+        """
+        values = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        kept = self._kept
+        if kept is None or kept[0] != length or not _same(kept[1], values):
+            self._kept = kept = (length, values, kernel_spectrum(parameters, length))
+        return kept[2]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)

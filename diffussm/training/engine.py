@@ -11,8 +11,12 @@ from torch import nn
 
 from diffussm.config import TrainConfig
 from diffussm.errors import UserError
+from diffussm.models.block import IntoChannels, MixAndDown
 from diffussm.training.cluster import Cluster
 from diffussm.training.hardware import multiplies_bf16
+
+# Under torch_autocast DeepSpeed sends the gradients of these in bf16, and all others, the state space's, in fp32.
+LOW_PRECISION_MODULES = [f"{cls.__module__}.{cls.__qualname__}" for cls in (nn.Linear, IntoChannels, MixAndDown)]
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
@@ -65,7 +69,11 @@ def complete_ds_config(config: dict[str, Any], train: TrainConfig, cluster: Clus
     micro_batch, accumulation = split_batch(train, cluster.world_size)
     use_bf16 = train.precision == "bf16" or (train.precision == "auto" and multiplies_bf16(cluster.device))
     filled = json.loads(json.dumps(config))
-    filled["torch_autocast"] = autocast = {"dtype": "bfloat16", "enabled": "auto"} | filled.get("torch_autocast", {})
+    filled["torch_autocast"] = autocast = {
+        "dtype": "bfloat16",
+        "enabled": "auto",
+        "lower_precision_safe_modules": LOW_PRECISION_MODULES,
+    } | filled.get("torch_autocast", {})
     if autocast["enabled"] == "auto":
         autocast["enabled"] = use_bf16
     elif train.precision != "auto" and autocast["enabled"] != use_bf16:

@@ -26,7 +26,7 @@ from diffussm.diffusion.losses import hybrid_loss
 from diffussm.diffusion.schedule import Schedule
 from diffussm.errors import UserError
 from diffussm.files import write_atomically, write_json
-from diffussm.models.diffussm import DiffuSSM
+from diffussm.models.diffussm import DiffuSSM, fastest_backend
 from diffussm.models.macs import forward_macs
 from diffussm.pictures import grid
 from diffussm.training import checkpoint
@@ -68,12 +68,17 @@ class Trainer:
         self.images = checkpoint.load_meta(found)["images"] if found else 0
         if found:
             self._check_fit(found, int(ds_config.get("zero_optimization", {}).get("stage", 0)))
+        precision = torch.bfloat16 if ds_config["torch_autocast"]["enabled"] else torch.float32
+        if train.ssm_backend == "auto":
+            train.ssm_backend = self._choose_ssm_backend(found, ds_config["train_micro_batch_size_per_gpu"], precision)
         if cluster.is_main:
             write_atomically(self.run / "config.yaml", config.to_yaml())
             write_json(self.run / "ds_config.json", ds_config)
 
         torch.manual_seed(train.seed)  # the initial weights, alike on every rank
-        model = DiffuSSM(config.model, self.shape[0], self.num_classes).to(cluster.device)
+        model = DiffuSSM(config.model, self.shape[0], self.num_classes, train.activation_checkpointing)
+        model.set_ssm_backend(train.ssm_backend)
+        model.to(cluster.device)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.engine = make_engine(model, ds_config, train)
         self.micro_batch = self.engine.train_micro_batch_size_per_gpu()
@@ -94,7 +99,6 @@ class Trainer:
             collate=BatchMaker(config, index, self.codec),
         )
         self.losses: list[Tensor] = []  # of the micro-batches since the last record
-        precision = torch.bfloat16 if self.engine.torch_autocast_enabled() else torch.float32
         # an image costs its forward pass, and twice that for the backward; 2 FLOPs a MAC
         self.image_flops = 3 * 2 * sum(forward_macs(config.model, self.shape[0], math.prod(self.shape[1:])).values())
         self.peak = cluster.world_size * peak_flops(cluster.device, precision)
@@ -102,7 +106,8 @@ class Trainer:
         self.say(
             f"{self.run}: {self.parameters / 1e6:.1f}M parameters, {len(index):,} samples of "
             f"{'×'.join(map(str, self.shape))}; {cluster.world_size} ranks × {self.micro_batch} images × "
-            f"{self.accumulation} a step, ZeRO {self.engine.zero_optimization_stage()}, {str(precision)[6:]}; "
+            f"{self.accumulation} a step, ZeRO {self.engine.zero_optimization_stage()}, {str(precision)[6:]}, "
+            f"S4D by {train.ssm_backend}; "
             + (f"going on at {self.images:,} images from {found}" if found else "from the start")
         )
 
@@ -278,6 +283,13 @@ class Trainer:
             return None
         checkpoint.verify(Path(resume))
         return Path(resume)
+
+    def _choose_ssm_backend(self, found: Path | None, micro_batch: int, precision: torch.dtype) -> str:
+        """The checkpoint's, or the faster one here. Chosen once a run: the other rounds otherwise. Collective."""
+        if found:
+            return checkpoint.load_meta(found)["config"]["train"]["ssm_backend"]
+        model, positions, device = self.config.model, math.prod(self.shape[1:]), self.cluster.device
+        return self.cluster.from_main(lambda: fastest_backend(model, micro_batch, positions, precision, device))
 
     def _check_fit(self, found: Path, zero_stage: int) -> None:
         """Raise UserError unless this run continues the checkpoint's exactly."""

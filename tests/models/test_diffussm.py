@@ -28,16 +28,17 @@ def test_xl_has_673m_parameters_and_13_d2_in_a_block():
         model = DiffuSSM(ModelConfig("XL"), channels=4, num_classes=1000)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(673e6, rel=0.01)
     block = model.blocks[0]
-    linears = [block.w0, block.w_up, *block.w_down, block.w1, block.w2, block.w3]
-    assert sum(linear.weight.numel() for linear in linears) == 13 * 1152**2
+    weights = [linear.weight for linear in (block.w0, block.w_up, block.w1, block.w2, block.w3)]
+    assert sum(weight.numel() for weight in (*weights, block.mix_and_down.down_weight)) == 13 * 1152**2
     assert len(model.blocks) == 29
 
 
+@pytest.mark.parametrize("short", [2, 23])  # fewer positions than 2D, and more: mix and W_down apart, and multiplied
 @pytest.mark.parametrize("hourglass", [1, 2, 4])
-def test_block_is_the_papers_formula(hourglass):
+def test_block_is_the_papers_formula(hourglass, short):
     """Each position computed on its own, in float64, with the recurrence for the state space layer."""
     torch.manual_seed(0)
-    width, short = 16, 6
+    width = 16
     block = awake(HourglassBlock(width, hourglass, state=8)).double()
     for parameter in block.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
@@ -52,10 +53,11 @@ def test_block_is_the_papers_formula(hourglass):
         for k in range(hourglass):
             u[:, j * hourglass + k] = F.gelu(F.gelu(block.w0(i[:, j])) @ up[k].T + up_bias[k])
     ssm = block.ssm
-    y = ssm.mix(recurrence(u, [ssm.log_dt, ssm.log_A_real, ssm.A_imag, ssm.C, ssm.skip]))
+    ends = block.mix_and_down
+    y = recurrence(u, [ssm.log_dt, ssm.log_A_real, ssm.A_imag, ssm.C, ssm.skip]) @ ends.mix_weight.T + ends.mix_bias
     o = torch.empty(2, short, width).double()
     for j in range(short):
-        pieces = [F.gelu(block.w_down[k](y[:, j * hourglass + k])) for k in range(hourglass)]
+        pieces = [F.gelu(y[:, j * hourglass + k] @ ends.down_weight[k].T + ends.down_bias[k]) for k in range(hourglass)]
         assert pieces[0].shape[-1] == 2 * width // hourglass
         o[:, j] = block.w3(F.gelu(block.w2(torch.cat(pieces, -1))) * F.gelu(block.w1(i[:, j])))
     assert relative_error(block(x, c), x + gate[:, None] * o) < 1e-5

@@ -1,84 +1,186 @@
-"""The kernel and the convolution against the float64 recurrence, and its gradients by autograd."""
+"""Every backend against the float64 recurrence, and its gradients against autograd through it."""
+
+import logging
+import random
 
 import pytest
 import torch
 from reference_s4d import random_parameters, recurrence, relative_error
 
-from diffussm.ops import s4d
-from diffussm.ops.s4d import two_sided_convolution, two_sided_kernel
+from diffussm.ops import chunked, fft, s4d
+from diffussm.ops.kernel import Modes, S4DParameters, discretize, powers, two_sided_kernel
+from diffussm.ops.s4d import kernel_spectrum
 
 pytestmark = pytest.mark.unit
 
-
-def layer(u, parameters):
-    return two_sided_convolution(u, two_sided_kernel(*parameters, length=u.shape[1]))
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 17, 64, 100, 784, 1024])
-def test_equals_the_recurrence(length):
-    parameters = random_parameters(width=6, pairs=8)
-    u = torch.randn(2, length, 6)
-    assert relative_error(layer(u, parameters), recurrence(u, parameters)) < 1e-5
+BACKENDS = ["fft", "chunked"]
+NAMES = ("u", "log_dt", "log_A_real", "A_imag", "C", "skip")
 
 
-def test_equals_the_recurrence_at_4096_with_32_pairs():
-    parameters = random_parameters(width=4, pairs=32)
-    u = torch.randn(1, 4096, 4)
-    assert relative_error(layer(u, parameters), recurrence(u, parameters)) < 1e-5
+def parameters(width: int, pairs: int, seed: int = 0) -> S4DParameters:
+    return S4DParameters(*random_parameters(width, pairs, seed))
 
 
-@pytest.mark.parametrize("length", [1, 13, 64])
-def test_gradients_equal_autograd_through_the_recurrence(length):
-    parameters = random_parameters(width=3, pairs=4)
-    u, target = torch.randn(2, length, 3), torch.randn(2, length, 3)
-    ours = [t.clone().requires_grad_() for t in (u, *parameters)]
-    truth = [t.double().requires_grad_() for t in (u, *parameters)]
-    (layer(ours[0], ours[1:]) * target).sum().backward()
-    (recurrence(truth[0], truth[1:]) * target.double()).sum().backward()
-    for name, mine, true in zip(("u", "log_dt", "log_A_real", "A_imag", "C", "skip"), ours, truth, strict=True):
-        assert relative_error(mine.grad, true.grad) < 2e-5, name
+def gradients(function, inputs, target):
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    (function(inputs[0], S4DParameters(*inputs[1:])) * target).sum().backward()
+    return [tensor.grad for tensor in inputs]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "cached"])
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "pairs"),
+    [(2, 1, 3, 2), (1, 2, 3, 2), (2, 3, 5, 4), (1, 17, 6, 8), (3, 100, 7, 8), (2, 1024, 6, 32), (1, 4096, 4, 32)],
+)
+def test_equals_the_recurrence(backend, batch, length, width, pairs):
+    p, u = parameters(width, pairs), torch.randn(batch, length, width)
+    if backend == "cached":
+        y = s4d.s4d(u, p, spectrum=kernel_spectrum(p, length))
+    else:
+        y = s4d.s4d(u, p, backend=backend)
+    assert relative_error(y, recurrence(u, p)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "pairs"), [(2, 1, 3, 4), (2, 13, 3, 4), (1, 64, 3, 4), (2, 200, 5, 8), (2, 1024, 2, 8)]
+)
+def test_gradients_equal_autograd_through_the_recurrence(backend, batch, length, width, pairs):
+    u, target = torch.randn(2, batch, length, width)
+    inputs = [u, *parameters(width, pairs)]
+    ours = gradients(lambda u, p: s4d.s4d(u, p, backend=backend), inputs, target)
+    truth = gradients(recurrence, [tensor.double() for tensor in inputs], target.double())
+    for name, mine, true in zip(NAMES, ours, truth, strict=True):
+        assert relative_error(mine, true) < 5e-6, name
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_shapes_layouts_and_dtypes(seed, monkeypatch):
+    """Small blocks, so that most shapes are no multiple of them."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(fft, "BLOCK_BYTES", {"cpu": rng.choice([1, 1 << 12, 1 << 20])})
+    monkeypatch.setattr(chunked, "BLOCK_BYTES", {"cpu": rng.choice([1, 1 << 14, 1 << 24])})
+    batch, length, width, pairs = rng.randint(1, 5), rng.randint(1, 150), rng.randint(1, 40), rng.randint(1, 9)
+    p = parameters(width, pairs, seed)
+    u, target = torch.randn(2, batch, length, width)
+    hourglass = next(m for m in (3, 2, 1) if length % m == 0)
+    truth = recurrence(u, p)
+    grads = gradients(recurrence, [tensor.double() for tensor in (u, *p)], target.double())
+    for backend in BACKENDS:
+
+        def channels_first(u, p, backend=backend):
+            """As the block calls it: piece k of position j of [M, D, B, J] is position jM + k."""
+            pieces = u.unflatten(1, (-1, hourglass)).permute(2, 3, 0, 1).contiguous()
+            y = s4d.s4d(pieces.permute(1, 2, 3, 0), p, layout="DBL", backend=backend)
+            assert y.permute(3, 0, 1, 2).is_contiguous()
+            return y.permute(1, 2, 3, 0).flatten(1, 2)
+
+        def channels_last(u, p, backend=backend):
+            return s4d.s4d(u, p, backend=backend)
+
+        for function in (channels_first, channels_last):
+            assert relative_error(function(u, p), truth) < 1e-6
+            for name, mine, true in zip(NAMES, gradients(function, [u, *p], target), grads, strict=True):
+                assert relative_error(mine, true) < 2e-5, (backend, function, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 5e-3), (torch.float16, 6e-4), (torch.float64, 1e-6)])
+def test_any_dtype_in_is_the_dtype_out(backend, dtype, bound):
+    p, u = parameters(6, 8), torch.randn(2, 256, 6)
+    inputs = u.to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = s4d.s4d(inputs, p, backend=backend)
+    assert y.dtype == dtype
+    assert relative_error(y, recurrence(u, p)) < bound
+    (grad,) = torch.autograd.grad(y.float().square().sum(), inputs)
+    assert grad.dtype == dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("log_dt", [-12.0, -7.0, 0.0, 4.0])
+@pytest.mark.parametrize("frequency", [0.0, 1.0, 1e3, 1e6])
+def test_extreme_parameters_stay_exact(backend, log_dt, frequency):
+    """Steps from e^-12 to e^4, frequencies up to 5e7 radians a step, decays from 1e-8 a step to all at once."""
+    p = parameters(4, 3)
+    p.log_dt.fill_(log_dt)
+    p.log_A_real.copy_(torch.tensor([-7.0, 0.0, 5.0]).expand(2, 4, 3))
+    p.A_imag.copy_(frequency * torch.randn(2, 4, 3))
+    u, target = torch.randn(2, 1, 500, 4)
+    y = s4d.s4d(u, p, backend=backend)
+    assert relative_error(y, recurrence(u, p)) < 3e-6
+    ours = gradients(lambda u, p: s4d.s4d(u, p, backend=backend), [u, *p], target)
+    truth = gradients(recurrence, [tensor.double() for tensor in (u, *p)], target.double())
+    for name, mine, true in zip(NAMES, ours, truth, strict=True):
+        assert mine.isfinite().all(), name
+        assert relative_error(mine, true) < 2e-5, name
 
 
 def test_convolution_is_the_sum_over_both_sides():
-    length, u, kernel = 5, torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(3, 10)
+    length, u = 5, torch.randn(2, 5, 3, dtype=torch.float64)
+    modes = discretize(parameters(3, 2))
+    kernel = two_sided_kernel(modes, length)
     expected = torch.zeros_like(u)
     for to in range(length):
         for start in range(length):
             expected[:, to] += kernel[:, (to - start) % (2 * length)] * u[:, start]
-    assert torch.allclose(two_sided_convolution(u, kernel), expected, atol=1e-6)
+    for convolve in s4d.BACKENDS.values():
+        assert torch.allclose(convolve(u.permute(2, 0, 1), modes).permute(1, 2, 0), expected, atol=1e-6)
 
 
-def test_blocks_of_channels_do_not_change_the_result(monkeypatch):
-    parameters = random_parameters(width=21, pairs=4)
-    u = torch.randn(2, 40, 21, requires_grad=True)
-    whole = layer(u, parameters)
-    (grad_whole,) = torch.autograd.grad(whole.square().sum(), u)
-    monkeypatch.setattr(s4d, "TEMPORARY_BYTES", 1)  # blocks of 8, the last of 5
-    blocks = layer(u, parameters)
-    (grad_blocks,) = torch.autograd.grad(blocks.square().sum(), u)
-    assert torch.allclose(whole, blocks, atol=1e-6)
-    assert torch.allclose(grad_whole, grad_blocks, atol=1e-4)
+def test_powers_and_their_gradient():
+    log_base = torch.complex(-torch.rand(3, 4), torch.randn(3, 4)).to(torch.complex128).requires_grad_()
+    truth = torch.exp(log_base.unsqueeze(-2) * torch.arange(11).unsqueeze(-1))
+    table = powers(log_base, 11)
+    weights = torch.randn_like(truth)
+    assert relative_error(torch.view_as_real(table), torch.view_as_real(truth)) < 3e-7
+    (mine,) = torch.autograd.grad((table * weights).sum().real, log_base)
+    (true,) = torch.autograd.grad((truth * weights).sum().real, log_base)
+    assert relative_error(torch.view_as_real(mine), torch.view_as_real(true)) < 1e-6
 
 
-def test_bf16_input_loses_no_more_than_bf16():
-    parameters = random_parameters(width=6, pairs=8)
-    u = torch.randn(2, 256, 6)
-    y = layer(u.bfloat16(), parameters)
-    assert y.dtype == torch.bfloat16
-    assert relative_error(y, recurrence(u, parameters)) < 5e-3
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_works_inside_a_checkpoint(backend):
+    inputs, target = [torch.randn(2, 20, 3), *parameters(3, 4)], torch.randn(2, 20, 3)
+
+    def checkpointed(u, p):
+        return torch.utils.checkpoint.checkpoint(s4d.s4d, u, p, backend=backend, use_reentrant=False)
+
+    plain = gradients(lambda u, p: s4d.s4d(u, p, backend=backend), inputs, target)
+    assert all(map(torch.equal, gradients(checkpointed, inputs, target), plain))
 
 
-def test_extreme_steps_and_frequencies_stay_finite_and_exact():
-    parameters = random_parameters(width=4, pairs=4)
-    parameters[0] = torch.log(torch.tensor([1e-4, 1e-3, 0.1, 1.0])).expand(2, 4).clone()
-    parameters[2] = torch.tensor([0.0, 1.0, 300.0, 3000.0]).expand(2, 4, 4).clone()
-    u = torch.randn(1, 512, 4)
-    y = layer(u, parameters)
-    assert y.isfinite().all()
-    # ΔA itself, an fp32 product, is known to 6e-8 of 3000 radians
-    assert relative_error(y, recurrence(u, parameters)) < 1e-3
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saves_its_input_and_the_modes_alone(backend):
+    modes = Modes(*(mode.detach().requires_grad_() for mode in discretize(parameters(8, 4))))
+    u, saved = torch.randn(8, 2, 300, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        s4d.BACKENDS[backend](u, modes)
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (u, *modes)}
 
 
-def test_gradients_of_float64_check_numerically():
-    parameters = [p.double().requires_grad_() for p in random_parameters(width=2, pairs=2)]
-    assert torch.autograd.gradcheck(lambda *p: two_sided_kernel(*p, length=11), parameters)
+def test_auto_times_each_shape_once_and_keeps_the_faster(monkeypatch, caplog):
+    monkeypatch.setattr(s4d, "_fastest", {})
+    calls = []
+    delays = {"fft": 0.02, "chunked": 0.0}
+
+    def slowed(name):
+        def convolve(u, modes):
+            calls.append(name)
+            s4d.time.sleep(delays[name])
+            return fft.fft_convolution(u, modes)
+
+        return convolve
+
+    monkeypatch.setattr(s4d, "BACKENDS", {name: slowed(name) for name in delays})
+    p, u = parameters(3, 4), torch.randn(2, 20, 3)
+    with caplog.at_level(logging.INFO):
+        s4d.s4d(u, p)
+    assert set(calls) == {"fft", "chunked"} and calls[-1] == "chunked"
+    assert "chunked (fft" in caplog.text and "forward" in caplog.text
+    calls.clear()
+    s4d.s4d(u, p)
+    assert calls == ["chunked"]
+    s4d.s4d(u[:1], p)  # another shape
+    s4d.s4d(u[:1].requires_grad_(), p)  # and with a backward
+    assert calls.count("fft") >= 4

@@ -9,7 +9,13 @@ from diffussm.config import TrainConfig
 from diffussm.errors import UserError
 from diffussm.models.diffussm import DiffuSSM, ModelConfig
 from diffussm.training.cluster import Cluster
-from diffussm.training.engine import complete_ds_config, parameter_groups, read_ds_config, split_batch
+from diffussm.training.engine import (
+    LOW_PRECISION_MODULES,
+    complete_ds_config,
+    parameter_groups,
+    read_ds_config,
+    split_batch,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -22,6 +28,13 @@ def written(tmp_path, config):
     return str(path)
 
 
+def test_only_the_state_space_and_the_classes_send_fp32_gradients():
+    model = DiffuSSM(ModelConfig("custom", 16, 2), channels=4, num_classes=3)
+    owners = {type(m) for m in model.modules() if list(m.parameters(recurse=False))}
+    high = {cls.__name__ for cls in owners if f"{cls.__module__}.{cls.__qualname__}" not in LOW_PRECISION_MODULES}
+    assert high == {"BiSSM", "Embedding"}
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_auto_is_filled(stage):
     config = read_ds_config(f"ds_configs/zero{stage}.json")
@@ -30,7 +43,8 @@ def test_every_auto_is_filled(stage):
     assert (filled["train_batch_size"], filled["train_micro_batch_size_per_gpu"]) == (24, 4)
     assert filled["gradient_accumulation_steps"] == 3
     assert filled["gradient_clipping"] == 0.5
-    assert filled["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": LOW_PRECISION_MODULES}
+    assert filled["torch_autocast"] == autocast
     assert filled["zero_optimization"]["stage"] == stage
 
 
