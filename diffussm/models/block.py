@@ -14,6 +14,11 @@ def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     return torch.addcmul(shift_BD.unsqueeze(1), x_BLD, 1 + scale_BD.unsqueeze(1))
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU, in the place of its argument where no gradient is recorded."""
+    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
 class IntoChannels(nn.Linear):
     """Linear from positions to channels first, [T, in] → [out, T]: the product emits the layout that the SSM reads."""
 
@@ -85,13 +90,16 @@ class HourglassBlock(nn.Module):
 
     def forward(self, x_BJD: Tensor, condition_BD: Tensor) -> Tensor:
         """One residual step at length J = L/M; ``condition_BD`` is the embedding of timestep and class."""
+        # Measured on a CPU and slower: even and odd positions by spectra of their own in place of the interleaving
+        # (1-20 % of the convolution), W0 and W1 as one product with one GELU (3-9 % of the block's training step), the
+        # gated product keeping only what goes into its GELUs (0-7 %).
         batch, short, width = x_BJD.shape
         shift_BD, scale_BD, gate_BD = self.modulation(F.silu(condition_BD)).chunk(3, dim=-1)
         i_BJD = modulate(self.norm(x_BJD), shift_BD, scale_BD)
-        h_TD = F.gelu(self.w0(i_BJD)).flatten(0, 1)
-        u_MDBJ = F.gelu(self.w_up(h_TD)).view(self.hourglass, width, batch, short)
-        # position jM + k is piece k of position j: the SSM reads and writes the interleaving while it pads
+        h_TD = gelu(self.w0(i_BJD)).flatten(0, 1)
+        u_MDBJ = gelu(self.w_up(h_TD)).view(self.hourglass, width, batch, short)
+        # Position jM + k is piece k of position j: the SSM reads and writes this interleaving while it pads.
         y_DBJM = self.ssm(u_MDBJ.permute(1, 2, 3, 0), layout="DBL")
-        down_BJ2D = F.gelu(self.mix_and_down(y_DBJM.permute(3, 0, 1, 2).flatten(2))).view(batch, short, 2 * width)
-        o_BJD = self.w3(F.gelu(self.w2(down_BJ2D)) * F.gelu(self.w1(i_BJD)))
+        down_BJ2D = gelu(self.mix_and_down(y_DBJM.permute(3, 0, 1, 2).flatten(2))).view(batch, short, 2 * width)
+        o_BJD = self.w3(gelu(self.w2(down_BJ2D)) * gelu(self.w1(i_BJD)))
         return torch.addcmul(x_BJD, gate_BD.unsqueeze(1), o_BJD)
