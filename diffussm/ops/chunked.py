@@ -67,14 +67,14 @@ def _convolve(u_dBL: Tensor, modes: Modes) -> Tensor:
     toeplitz_dcc = two_sided_kernel(modes, chunk)[:, (lag.unsqueeze(1) - lag) % (2 * chunk)]
 
     # What a chunk leaves: Σ_j λ^(c-1-j) x_j to the right (causal), Σ_j λ^j x_j to the left
-    table_d2cN = powers(modes.log_lambda, chunk)
+    table_d2cN = powers(modes.log_lambda, chunk).movedim(0, 2)
     leave_d2cN = torch.stack([table_d2cN[:, 0].flip(1), table_d2cN[:, 1]], dim=1)
     left_d2BaN = torch.view_as_complex(
         (x_dTc.unsqueeze(1) @ torch.view_as_real(leave_d2cN).flatten(-2)).unflatten(-1, (-1, 2))
     ).unflatten(2, (batch, chunks))
 
     # What a chunk meets: everything left before it, decayed by λ^c for each chunk in between
-    across_d2aN = powers(chunk * modes.log_lambda, chunks)
+    across_d2aN = powers(chunk * modes.log_lambda, chunks).movedim(0, 2)
     gap = torch.arange(chunks, device=x.device)
     gap = gap.unsqueeze(1) - gap - 1  # [a, a']: chunks between a' and a; negative: none of a' reaches a
     carry_d2aaN = across_d2aN[:, :, gap.clamp(min=0)] * (gap >= 0).unsqueeze(-1)

@@ -40,7 +40,7 @@ class Modes(NamedTuple):
 
 def discretize(parameters: S4DParameters) -> Modes:
     """Zero-order hold: λ = exp(ΔA), B̄ = (λ - 1) / A (arXiv 2206.11893, eq. 4 and 5). Differentiable."""
-    log_dt, log_A_real, A_imag, C = (p.double().transpose(0, 1) for p in parameters[:4])
+    log_dt, log_A_real, A_imag, C = (p.transpose(0, 1).contiguous().double() for p in parameters[:4])
     A_D2N = torch.complex(-log_A_real.exp(), A_imag)
     log_lambda_D2N = log_dt.exp().unsqueeze(-1) * A_D2N
     W_D2N = 2 * torch.complex(*C.unbind(-1)) * torch.expm1(log_lambda_D2N) / A_D2N
@@ -48,22 +48,24 @@ def discretize(parameters: S4DParameters) -> Modes:
 
 
 def powers(log_base: Tensor, count: int) -> Tensor:
-    """base^0 .. base^(count - 1) on a new axis before the last, complex64, from complex128 log base. Differentiable."""
+    """base^0 .. base^(count - 1) on a new first axis, complex64, from the base's complex128 log. Differentiable."""
     return _Powers.apply(log_base, count)
 
 
 class _Powers(torch.autograd.Function):
-    """By doubling: one product an element, nothing transcendental; the base is squared in double precision."""
+    """By doubling: one product an element, nothing transcendental; the base is squared in double precision.
+
+    The powers are the first axis so that the products run along all the others: a quarter less time than beside N.
+    """
 
     @staticmethod
     def forward(ctx, log_base: Tensor, count: int) -> Tensor:
-        table = log_base.new_empty(*log_base.shape[:-1], count, log_base.shape[-1], dtype=torch.complex64)
-        table[..., 0, :] = 1
+        table = log_base.new_empty(count, *log_base.shape, dtype=torch.complex64)
+        table[0] = 1
         base, filled = log_base.exp(), 1
         while filled < count:
             more = min(filled, count - filled)
-            factor = base.to(table.dtype).unsqueeze(-2)
-            torch.mul(table[..., :more, :], factor, out=table[..., filled : filled + more, :])
+            torch.mul(table[:more], base.to(table.dtype), out=table[filled : filled + more])
             base, filled = base * base, filled + more
         ctx.save_for_backward(table)
         return table
@@ -72,9 +74,9 @@ class _Powers(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (table,) = ctx.saved_tensors  # d base^k / d log base = k base^k
-        exponents = torch.arange(table.shape[-2], device=grad.device, dtype=torch.float32)
-        weighted = exponents @ _real(table.conj() * grad)
-        return torch.view_as_complex(weighted.unflatten(-1, (-1, 2))).to(torch.complex128), None
+        exponents = torch.arange(table.shape[0], device=grad.device, dtype=torch.float32)
+        weighted = exponents @ _real(table.conj() * grad).flatten(1)
+        return torch.view_as_complex(weighted.view(*table.shape[1:], 2)).to(torch.complex128), None
 
 
 def two_sided_kernel(modes: Modes, length: int) -> Tensor:
@@ -89,10 +91,10 @@ def two_sided_kernel(modes: Modes, length: int) -> Tensor:
         k2[0] = K_causal[0] + K_anticausal[0] + skip, and k2[L] = 0, a lag that no pair of positions has.
     """
     stride, rows = _split(length)
-    low = powers(modes.log_lambda, stride)
-    high = powers(stride * modes.log_lambda.conj(), rows) * modes.W.conj().to(torch.complex64).unsqueeze(-2)
+    low_bd2N = powers(modes.log_lambda, stride)
+    high_ad2N = powers(stride * modes.log_lambda.conj(), rows) * modes.W.conj().to(torch.complex64)
     # Re(x y) is the dot product of x̄ and y as pairs of reals
-    K_D2L = (_real(high) @ _real(low).transpose(-1, -2)).flatten(2)[..., :length]
+    K_D2L = (_real(high_ad2N).permute(1, 2, 0, 3) @ _real(low_bd2N).permute(1, 2, 3, 0)).flatten(2)[..., :length]
     causal, anticausal = K_D2L.unbind(1)
     zero_lag = (causal[:, 0] + anticausal[:, 0] + modes.skip).unsqueeze(-1)
     return torch.cat([zero_lag, causal[:, 1:], torch.zeros_like(zero_lag), anticausal[:, 1:].flip(-1)], dim=-1)
