@@ -1,10 +1,10 @@
 """The DiffuSSM block against a DiT block of the same width (diffusers'), and its share of the machine's GEMM peak.
 
-    python -m benchmarks.block                     L = 1024, 4096 and 16384, about 10 minutes on 2 cores
-    python -m benchmarks.block --quick             L = 1024
+    python -m benchmarks.block                     L = 1024, 4096 and 16384, about 8 minutes on 2 cores
+    python -m benchmarks.block --quick             one image of L = 1024
     python -m benchmarks.block --profile           and what kinds of operators ours spends its time on
 
-One image. L is the positions of the latent: what DiffuSSM's state space layer and a DiT of patch 1 see; a DiT of patch
+L is the positions of the latent: what DiffuSSM's state space layer and a DiT of patch 1 see; a DiT of patch
 2 has L/4 tokens, and so less to do, at less detail. Both blocks are given the embedding of timestep and class.
 
 forward              without gradients; ours with the cached spectrum of its kernel, as in sampling
@@ -47,19 +47,21 @@ class Case(NamedTuple):
     """A size, and what is promised there.
 
     Attributes:
+        batch: images.
         length: L.
         width: D, of both blocks.
         heads: of DiT's attention.
         training: least ratio of forward+backward to DiT of patch 1.
     """
 
+    batch: int
     length: int
     width: int
     heads: int
     training: float
 
 
-CASES = [Case(1024, 1152, 16, 2), Case(4096, 1152, 16, 3), Case(16384, 384, 6, 10)]
+CASES = [Case(1, 1024, 1152, 16, 2), Case(8, 1024, 1152, 16, 2), Case(1, 4096, 1152, 16, 3), Case(1, 16384, 384, 6, 10)]
 SHARES = {"fp32": 0.9, "bf16": 0.8}  # of GEMM peak, least, for the XL block's forward
 XL_WIDTH = 1152
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -131,7 +133,7 @@ def goals(case: Case, precision: str, rows: list[dict] | None = None, why: str =
 
 
 def describe(case: Case, precision: str) -> str:
-    return f"L {case.length} D {case.width} {precision}"
+    return f"B {case.batch} L {case.length} D {case.width} {precision}"
 
 
 def executed_flops(forward: Callable[[], object]) -> int:
@@ -145,14 +147,13 @@ def executed_flops(forward: Callable[[], object]) -> int:
 def our_passes(case: Case, precision: str, device: torch.device) -> dict[str, Callable[[], object]]:
     network = DiffuSSM(ModelConfig("custom", case.width, depth=1), channels=4, num_classes=0)
     block = network.blocks[0].to(device)
-    return passes(block, case.length // network.config.hourglass, case.width, precision, device)
+    return passes(block, (case.batch, case.length // network.config.hourglass, case.width), precision, device)
 
 
 def dit_passes(case: Case, patch: int, precision: str, device: torch.device) -> dict[str, Callable[[], object]]:
     network = DiTTransformer2DModel(case.heads, case.width // case.heads, num_layers=1, sample_size=8)
-    return passes(
-        DiTBlock(network.transformer_blocks[0]).to(device), case.length // patch**2, case.width, precision, device
-    )
+    block = DiTBlock(network.transformer_blocks[0]).to(device)
+    return passes(block, (case.batch, case.length // patch**2, case.width), precision, device)
 
 
 class DiTBlock(nn.Module):
@@ -175,11 +176,11 @@ class Given(nn.Module):
 
 
 def passes(
-    block: nn.Module, length: int, width: int, precision: str, device: torch.device
+    block: nn.Module, shape: tuple[int, int, int], precision: str, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """forward in evaluation mode and forward+backward in training mode, over one image of ``length`` tokens."""
-    x_BLD = torch.randn(1, length, width, device=device, requires_grad=True)
-    condition_BD = torch.randn(1, width, device=device, requires_grad=True)
+    """forward in evaluation mode and forward+backward in training mode, over tokens [B, L, D]."""
+    x_BLD = torch.randn(shape, device=device, requires_grad=True)
+    condition_BD = torch.randn(shape[0], shape[2], device=device, requires_grad=True)
     evaluated, trained = copy.deepcopy(block).eval(), block.train()
 
     def forward(block: nn.Module) -> Tensor:
