@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffussm.ops.kernel import Modes, powers, two_sided_kernel
+from diffussm.ops.kernel import Modes, in_fp32, powers, two_sided_kernel
 
 BLOCK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of a block of channels: its tables and states
 
@@ -40,6 +40,7 @@ class _ChunkedConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_fp32
     def backward(ctx, grad_DBL: Tensor) -> tuple[Tensor, ...]:
         u_DBL, *modes = ctx.saved_tensors
         modes = Modes(*modes)
@@ -101,5 +102,5 @@ def _channel_blocks(u_DBL: Tensor, modes: Modes) -> Iterator[slice]:
     chunk = chunk_length(length, pairs)
     chunks = -(-length // chunk)
     floats = chunk * chunk + 4 * pairs * (chunk + chunks * chunks + batch * chunks) + 2 * batch * length
-    step = max(1, BLOCK_BYTES[u_DBL.device.type] // (4 * floats))
+    step = max(1, BLOCK_BYTES["cpu" if u_DBL.is_cpu else "cuda"] // (4 * floats))
     return (slice(start, min(start + step, width)) for start in range(0, width, step))

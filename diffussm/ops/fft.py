@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffussm.ops.kernel import Modes, two_sided_kernel
+from diffussm.ops.kernel import Modes, in_fp32, two_sided_kernel
 
 # Of a block's padded signals. On a CPU the cache decides (1.3-4x faster than whole tensors); on a GPU, the memory.
 BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
@@ -61,6 +61,7 @@ class _FFTConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_fp32
     def backward(ctx, grad_DBL: Tensor) -> tuple[Tensor, ...]:
         u_DBL, *modes = ctx.saved_tensors
         modes = Modes(*modes)
@@ -92,7 +93,7 @@ class _Blocks:
     def __init__(self, u_DBL: Tensor) -> None:
         width, batch, *positions = u_DBL.shape
         self.length = math.prod(positions)
-        signals = max(8, BLOCK_BYTES[u_DBL.device.type] // (2 * self.length * 4))
+        signals = max(8, BLOCK_BYTES["cpu" if u_DBL.is_cpu else "cuda"] // (2 * self.length * 4))
         self.channels = _slices(width, signals)
         self.images = _slices(batch, max(1, signals // width))
         shape = (min(signals, width), min(max(1, signals // width), batch), 2 * self.length)

@@ -9,7 +9,8 @@ is fp32.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,16 @@ class Modes(NamedTuple):
     def of(self, channels: slice) -> Modes:
         """Those of some channels."""
         return Modes(*(mode[channels] for mode in self))
+
+
+def in_fp32(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that no autocast reaches, even where the caller's own is still open."""
+
+    def without_autocast(ctx: Any, grad: Tensor) -> Any:
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    return without_autocast
 
 
 def discretize(parameters: S4DParameters) -> Modes:
@@ -75,7 +86,9 @@ class _Powers(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (table,) = ctx.saved_tensors  # d base^k / d log base = k base^k
         exponents = torch.arange(table.shape[0], device=grad.device, dtype=torch.float32)
-        product = torch.mul(table.conj(), grad, out=torch.empty_like(table))  # in the table's layout, not the gradient's
+        product = torch.mul(
+            table.conj(), grad, out=torch.empty_like(table)
+        )  # in the table's layout
         weighted = exponents @ _real(product).flatten(1)
         return torch.view_as_complex(weighted.view(*table.shape[1:], 2)).to(torch.complex128), None
 

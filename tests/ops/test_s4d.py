@@ -116,6 +116,14 @@ def test_extreme_parameters_stay_exact(backend, log_dt, frequency):
         assert relative_error(mine, true) < 2e-5, name
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_inside_autocast_is_as_exact(backend):
+    inputs, target = [torch.randn(2, 60, 3), *parameters(3, 4)], torch.randn(2, 60, 3)
+    plain = gradients(lambda u, p: s4d.s4d(u, p, backend=backend), inputs, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, gradients(lambda u, p: s4d.s4d(u, p, backend=backend), inputs, target), plain))
+
+
 def test_convolution_is_the_sum_over_both_sides():
     length, u = 5, torch.randn(2, 5, 3, dtype=torch.float64)
     modes = discretize(parameters(3, 2))
