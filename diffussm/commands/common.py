@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from typing import Any
 
@@ -36,3 +37,10 @@ def emit_json(target: str | None, value: Any) -> None:
         print()
     elif target:
         write_json(target, value)
+
+
+def latent_shape(text: str) -> tuple[int, ...]:
+    """The type of an argument such as 4x32x32: channels, height and width."""
+    if not re.fullmatch(r"[1-9]\d{0,5}([x×][1-9]\d{0,5}){2}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not channels, height and width such as 4x32x32")
+    return tuple(int(number) for number in re.split("[x×]", text))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffussm.commands import costs
-from diffussm.commands.common import Parser, emit_json
+from diffussm.commands.common import Parser, emit_json, latent_shape
 from diffussm.config import config_names, parse
 from diffussm.errors import UserError
 from diffussm.models.diffussm import PRESETS, ModelConfig
@@ -71,12 +71,6 @@ def pixels(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,5}", text) or int(text) % 8:
         raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 8 such as 512")
     return int(text)
-
-
-def latent_shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d{0,5}([x×][1-9]\d{0,5}){2}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not channels, height and width such as 4x32x32")
-    return tuple(int(number) for number in re.split("[x×]", text))
 
 
 def print_sizes(rows: list[dict[str, Any]], against: dict[str, Any]) -> None:

@@ -86,9 +86,7 @@ class _Powers(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (table,) = ctx.saved_tensors  # d base^k / d log base = k base^k
         exponents = torch.arange(table.shape[0], device=grad.device, dtype=torch.float32)
-        product = torch.mul(
-            table.conj(), grad, out=torch.empty_like(table)
-        )  # in the table's layout
+        product = torch.mul(table.conj(), grad, out=torch.empty_like(table))  # in the table's layout
         weighted = exponents @ _real(product).flatten(1)
         return torch.view_as_complex(weighted.view(*table.shape[1:], 2)).to(torch.complex128), None
 
