@@ -24,8 +24,8 @@ from diffussm.ops.fft import BLOCK_BYTES
 from diffussm.training.engine import split_batch
 
 BF16, FP32, FP64, COMPLEX64, COMPLEX128 = 2, 4, 8, 8, 16  # bytes
-REDUCE_BUCKET = 50_000_000  # reduce_bucket_size of ds_configs/, in elements
-LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters, where its configuration says none
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
+LIVE_PARAMETERS = 1_000_000_000  # its stage3_max_live_parameters
 
 PARTS = (
     "parameters",  # fp32; at stage 3 this rank's, and between forward and backward those gathered
@@ -186,7 +186,7 @@ class Plan:
         """Stages 1 and 2: two fp32 buckets, of which one is filled while the other travels, for each dtype that they
         travel in. Stage 3: one of each dtype. On a CPU only what gradients have been written to."""
         if self.device == "cpu":
-            return FP32 * min(self.parameters, REDUCE_BUCKET if self.zero_stage == 3 else 2 * REDUCE_BUCKET)
+            return FP32 * min(self.parameters, REDUCE_BUCKET)
         if self.zero_stage == 3:
             return REDUCE_BUCKET * (FP32 + BF16 * self.bf16)
         return REDUCE_BUCKET * 2 * FP32 * (1 + self.bf16)

@@ -191,11 +191,10 @@ def test_state_step_and_checkpoint_are_those_of_deepspeed(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_buckets_are_those_of_ds_configs(stage):
+def test_buckets_are_of_deepspeeds_own_size(stage):
     zero = read_ds_config(str(runs.ROOT / f"ds_configs/zero{stage}.json"))["zero_optimization"]
     assert zero["overlap_comm"] and zero["contiguous_gradients"]
-    assert zero["reduce_bucket_size"] == REDUCE_BUCKET
-    assert "stage3_max_live_parameters" not in zero
+    assert not zero.keys() & {"reduce_bucket_size", "stage3_max_live_parameters"}
 
 
 def test_a_gpu_holds_whole_buckets():
