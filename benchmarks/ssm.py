@@ -137,8 +137,7 @@ def our_measures(shape: tuple[int, int, int], device: torch.device) -> dict[str,
 
 def random_parameters(width: int, device: torch.device) -> S4DParameters:
     """As the network initialises them."""
-    ssm = BiSSM(width, STATE).to(device)
-    return S4DParameters(ssm.log_dt, ssm.log_A_real, ssm.A_imag, ssm.C, ssm.skip)
+    return BiSSM(width, STATE).to(device).s4d_parameters()
 
 
 if __name__ == "__main__":

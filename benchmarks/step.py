@@ -108,6 +108,7 @@ class BareLoop:
         self.device, self.schedule, self.clip = trainer.cluster.device, trainer.schedule, train.clip
         self.autocast = trainer.engine.torch_autocast_enabled()
         self.model = DiffuSSM(trainer.config.model, trainer.shape[0], trainer.num_classes).to(self.device)
+        self.model.set_ssm_backend(train.ssm_backend)
         self.model.load_state_dict(trainer.engine.module.state_dict())
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, train), betas=train.betas)
         self.batches = itertools.cycle(batches_of(trainer, IN_MEMORY))

@@ -20,6 +20,7 @@ import yaml
 
 from diffussm.errors import UserError
 from diffussm.models.diffussm import ModelConfig
+from diffussm.ops.s4d import Backend
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = "fashion32"
@@ -107,7 +108,7 @@ class TrainConfig:
     micro_batch: int | None = None
     activation_checkpointing: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    ssm_backend: Literal["auto", "fft", "chunked"] = "auto"
+    ssm_backend: Backend = "auto"
     lr: float = 1e-4
     ssm_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)

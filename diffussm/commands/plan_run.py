@@ -57,17 +57,20 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each (default: %(default)s)")
     parser.add_argument("--gpu", default="A100", choices=GPUS, help="whose bf16 peak counts (default: %(default)s)")
     parser.add_argument("--gpu-peak", type=float, metavar="TFLOPS", help="or another peak")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of it reached, recomputation included (0.4)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of it reached, as training logs it (0.4)")
     parser.add_argument("--images", type=int, metavar="N", help="to train on (default: train.total_images)")
     parser.add_argument("--latent", type=latent_shape, metavar="CxHxW", help="(default: from the data set's index)")
     parser.add_argument("--classes", type=int, default=1000, metavar="N", help="beside --latent (default: %(default)s)")
     parser.add_json_option()
     arguments, overrides = parser.parse_known_args()
+    for option in overrides:
+        if option.startswith("-") and "." not in option.split("=")[0]:
+            parser.error(f"unknown option {option}: one is of this command, or --section.key of training")
     for name in ("gpus", "gpu_memory", "gpu_peak", "images"):
         value = getattr(arguments, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value:g} must be positive")
-    if not 0 < arguments.mfu <= 1:
+        if value is not None and not 0 < value < 1e15:
+            parser.error(f"--{name.replace('_', '-')} {value:g} must be positive, and below 1e15")
+    if not 1e-6 < arguments.mfu <= 1:
         parser.error(f"--mfu {arguments.mfu:g} must be above 0 and at most 1, usually 0.3 to 0.5")
     if arguments.classes < 0:
         parser.error(f"--classes {arguments.classes} must be at least 0, which is unconditional")

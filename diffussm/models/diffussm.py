@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from diffussm.errors import UserError
 from diffussm.models.block import HourglassBlock, modulate
 from diffussm.models.s4d import BiSSM
-from diffussm.ops import s4d as ops
-from diffussm.ops.kernel import discretize
+from diffussm.ops.s4d import Backend, fastest_backend
 
 PRESETS = {  # name: (width, depth). XL is the paper's; it names no other size: ours follow DiT's widths.
     "Ti": (192, 12),
@@ -101,7 +99,7 @@ class DiffuSSM(nn.Module):
         self.decode = nn.Linear(width, 2 * channels)
         self.initialize()
 
-    def set_ssm_backend(self, backend: Literal["auto", "fft", "chunked"]) -> None:
+    def set_ssm_backend(self, backend: Backend) -> None:
         """Of the state space layers while they train; evaluation convolves with a kernel that it keeps."""
         for block in self.blocks:
             block.ssm.backend = backend
@@ -156,14 +154,14 @@ class DiffuSSM(nn.Module):
         return out_BLC.float().transpose(1, 2).reshape(batch, 2 * channels, height, width)
 
 
-def fastest_backend(config: ModelConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> str:
+def choose_ssm_backend(config: ModelConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> str:
     """The backend of the S4D that trains this model faster, timed here on a batch of its size: fft or chunked."""
     config = config.resolved()
-    modes = discretize(BiSSM(config.width, config.state).to(device).s4d_parameters())
+    parameters = BiSSM(config.width, config.state).to(device).s4d_parameters()
     shape = (config.hourglass, config.width, batch, length // config.hourglass)
     u_DBJM = torch.randn(shape, device=device, dtype=dtype).permute(1, 2, 3, 0).requires_grad_()
     with torch.enable_grad():
-        return ops.fastest_backend(u_DBJM, modes)
+        return fastest_backend(u_DBJM, parameters)
 
 
 def timestep_embedding(t_B: Tensor) -> Tensor:

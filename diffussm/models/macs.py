@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 from diffussm.models.diffussm import FREQUENCIES, ModelConfig
+from diffussm.ops.kernel import split_length
 
 
 def forward_macs(config: ModelConfig, channels: int, length: int) -> dict[str, int]:
@@ -52,8 +53,7 @@ def kernel_macs(config: ModelConfig, length: int) -> dict[str, int]:
     """
     config = config.resolved()
     D, N, depth = config.width, config.state, config.depth
-    stride = 1 << math.ceil(math.log2(length) / 2)
-    rows = -(-length // stride)
+    stride, rows = split_length(length)
     return {
         "powers": depth * 2 * D * N // 2 * (stride + 2 * rows) * 4,
         "matmul": depth * 2 * D * rows * stride * N,

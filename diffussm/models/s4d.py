@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from diffussm.ops.s4d import S4DParameters, kernel_spectrum, s4d
+from diffussm.ops.kernel import S4DParameters
+from diffussm.ops.s4d import Backend, Layout, kernel_spectrum, s4d
 
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
@@ -34,7 +34,7 @@ class BiSSM(nn.Module):
         self.skip = nn.Parameter(torch.empty(width))
         for parameter in self.parameters():
             parameter.is_ssm = True
-        self.backend: Literal["auto", "fft", "chunked"] = "auto"  # of training: evaluation convolves with the spectrum
+        self.backend: Backend = "auto"  # of training: evaluation convolves with the spectrum
         self._kept: tuple[int, Tensor, Tensor] | None = None  # length, parameters, spectrum
         self.reset_parameters()
 
@@ -51,7 +51,7 @@ class BiSSM(nn.Module):
         """As the ops take them."""
         return S4DParameters(self.log_dt, self.log_A_real, self.A_imag, self.C, self.skip)
 
-    def forward(self, u: Tensor, layout: Literal["BLD", "DBL"] = "BLD") -> Tensor:
+    def forward(self, u: Tensor, layout: Layout = "BLD") -> Tensor:
         """[B, L, D], or channels first [D, B, ...positions], to the same."""
         parameters = self.s4d_parameters()
         if self.training or torch.is_grad_enabled():
@@ -64,7 +64,8 @@ class BiSSM(nn.Module):
         """The kernel's spectrum, generated anew only if the length or a value of the parameters is another.
 
         Values are compared, not version counters: a write through ``.data``, as an optimizer that holds flat buffers
-        makes it, leaves those as they were. It costs a thousandth of a block.
+        makes it, leaves those as they were. On a CPU that costs 0.1 % of a block at XL, 1 % of one of width 128; on a
+        GPU it waits for the device once a block.
         """
         values = torch.cat([parameter.detach().flatten() for parameter in parameters])
         kept = self._kept

@@ -13,45 +13,30 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from diffussm.ops.kernel import Modes, in_fp32, powers, two_sided_kernel
+from diffussm.ops.kernel import Modes, powers, two_sided_kernel
 
 BLOCK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of a block of channels: its tables and states
 
 
-def chunked_convolution(u_DBL: Tensor, modes: Modes) -> Tensor:
-    """The same function as :func:`diffussm.ops.fft.fft_convolution`.
+def convolve(u_DBL: Tensor, modes: Modes) -> Tensor:
+    """The same function as :func:`diffussm.ops.fft.convolve`."""
+    y_DBL = torch.empty_like(u_DBL)
+    for channels in _channel_blocks(u_DBL, modes):
+        y_DBL[channels] = _convolve(u_DBL[channels], modes.of(channels))
+    return y_DBL
 
-    Saves only its inputs; the backward runs the forward of a block of channels again, and differentiates that.
-    """
-    return _ChunkedConvolution.apply(u_DBL, *modes)
 
-
-class _ChunkedConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u_DBL: Tensor, *modes: Tensor) -> Tensor:
-        ctx.save_for_backward(u_DBL, *modes)
-        modes = Modes(*modes)
-        y_DBL = torch.empty_like(u_DBL)
-        for channels in _channel_blocks(u_DBL, modes):
-            y_DBL[channels] = _convolve(u_DBL[channels], modes.of(channels))
-        return y_DBL
-
-    @staticmethod
-    @once_differentiable
-    @in_fp32
-    def backward(ctx, grad_DBL: Tensor) -> tuple[Tensor, ...]:
-        u_DBL, *modes = ctx.saved_tensors
-        modes = Modes(*modes)
-        grads = [torch.empty_like(tensor) for tensor in (u_DBL, *modes)]
-        for channels in _channel_blocks(u_DBL, modes):
-            with torch.enable_grad():
-                inputs = [tensor[channels].detach().requires_grad_() for tensor in (u_DBL, *modes)]
-                y_dBL = _convolve(inputs[0], Modes(*inputs[1:]))
-            for whole, block in zip(grads, torch.autograd.grad(y_dBL, inputs, grad_DBL[channels]), strict=True):
-                whole[channels] = block
-        return tuple(grads)
+def convolve_backward(u_DBL: Tensor, modes: Modes, grad_DBL: Tensor) -> tuple[Tensor, Modes]:
+    """The gradients of u and of the modes: the forward of a block of channels again, and its derivative."""
+    grads = [torch.empty_like(tensor) for tensor in (u_DBL, *modes)]
+    for channels in _channel_blocks(u_DBL, modes):
+        with torch.enable_grad():
+            inputs = [tensor[channels].detach().requires_grad_() for tensor in (u_DBL, *modes)]
+            y_dBL = _convolve(inputs[0], Modes(*inputs[1:]))
+        for whole, part in zip(grads, torch.autograd.grad(y_dBL, inputs, grad_DBL[channels]), strict=True):
+            whole[channels] = part
+    return grads[0], Modes(*grads[1:])
 
 
 def _convolve(u_dBL: Tensor, modes: Modes) -> Tensor:

@@ -7,12 +7,12 @@ Shapes: B batch · L length · D channels, d and b of a block · f = L + 1 frequ
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from diffussm.ops.kernel import Modes, in_fp32, two_sided_kernel
+from diffussm.ops.kernel import Modes, two_sided_kernel
 
 # Of a block's padded signals. On a CPU the cache decides (1.3-4x faster than whole tensors); on a GPU, the memory.
 BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
@@ -23,68 +23,57 @@ def kernel_spectrum(modes: Modes, length: int) -> Tensor:
     return torch.fft.rfft(two_sided_kernel(modes, length))
 
 
-def fft_convolution(u_DBL: Tensor, modes: Modes) -> Tensor:
-    """y_l = Σ_m k2[(l - m) mod 2L] u_m for each channel: both directions and the skip in one FFT convolution.
-
-    Saves only its inputs; the backward recomputes kernel and spectra, and sums the kernel's gradient over the batch as
-    a spectrum.
-    """
-    return _FFTConvolution.apply(u_DBL, *modes)
+def convolve(u_DBL: Tensor, modes: Modes) -> Tensor:
+    """y_l = Σ_m k2[(l - m) mod 2L] u_m for each channel: both directions and the skip in one FFT convolution."""
+    return _convolve(u_DBL, lambda channels, length: kernel_spectrum(modes.of(channels), length))
 
 
 def convolve_with_spectrum(u_DBL: Tensor, spectrum_Df: Tensor) -> Tensor:
-    """The convolution with a kernel whose spectrum is at hand. Not differentiable."""
+    """The same, with a kernel whose spectrum is at hand."""
+    return _convolve(u_DBL, lambda channels, length: spectrum_Df[channels])
+
+
+def _convolve(u_DBL: Tensor, spectrum_of: Callable[[slice, int], Tensor]) -> Tensor:
     y_DBL = torch.empty_like(u_DBL)
     blocks = _Blocks(u_DBL)
     for channels in blocks.channels:
+        kernel_df = spectrum_of(channels, blocks.length)
         for images in blocks.images:
             signal_dbf = blocks.spectrum(u_DBL[channels, images])
-            signal_dbf *= spectrum_Df[channels].unsqueeze(1)
+            signal_dbf *= kernel_df.unsqueeze(1)
             blocks.signal(signal_dbf, out=y_DBL[channels, images])
     return y_DBL
 
 
-class _FFTConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u_DBL: Tensor, *modes: Tensor) -> Tensor:
-        ctx.save_for_backward(u_DBL, *modes)
-        modes = Modes(*modes)
-        y_DBL = torch.empty_like(u_DBL)
-        blocks = _Blocks(u_DBL)
-        for channels in blocks.channels:
-            kernel_df = kernel_spectrum(modes.of(channels), blocks.length)
-            for images in blocks.images:
-                signal_dbf = blocks.spectrum(u_DBL[channels, images])
-                signal_dbf *= kernel_df.unsqueeze(1)
-                blocks.signal(signal_dbf, out=y_DBL[channels, images])
-        return y_DBL
+def convolve_backward(u_DBL: Tensor, modes: Modes, grad_DBL: Tensor) -> tuple[Tensor, Modes]:
+    """The gradients of u and of the modes. Kernel and spectra are computed again, block by block; the kernel's gradient
+    is summed over the batch as a spectrum."""
+    grad_u_DBL, grad_modes = torch.empty_like(u_DBL), Modes(*map(torch.empty_like, modes))
+    blocks = _Blocks(u_DBL)
+    for channels in blocks.channels:
+        with torch.enable_grad():
+            block = Modes(*(mode.detach().requires_grad_() for mode in modes.of(channels)))
+            kernel_d2L = two_sided_kernel(block, blocks.length)
+        kernel_df = torch.fft.rfft(kernel_d2L.detach()).conj_physical_()
+        grad_kernel_df = torch.zeros_like(kernel_df)
+        for images in blocks.images:
+            grad_dbf = blocks.spectrum(grad_DBL[channels, images])
+            correlation_dbf = blocks.spectrum(u_DBL[channels, images]).conj_physical_()
+            correlation_dbf *= grad_dbf
+            grad_kernel_df += correlation_dbf.sum(1)
+            grad_dbf *= kernel_df.unsqueeze(1)
+            blocks.signal(grad_dbf, out=grad_u_DBL[channels, images])
+        grad_kernel_d2L = torch.fft.irfft(grad_kernel_df, n=2 * blocks.length)
+        parts = torch.autograd.grad(kernel_d2L, block, grad_kernel_d2L)
+        for whole, part in zip(grad_modes, parts, strict=True):
+            whole[channels] = part
+    return grad_u_DBL, grad_modes
 
-    @staticmethod
-    @once_differentiable
-    @in_fp32
-    def backward(ctx, grad_DBL: Tensor) -> tuple[Tensor, ...]:
-        u_DBL, *modes = ctx.saved_tensors
-        modes = Modes(*modes)
-        grad_u_DBL, grad_modes = torch.empty_like(u_DBL), Modes(*map(torch.empty_like, modes))
-        blocks = _Blocks(u_DBL)
-        for channels in blocks.channels:
-            with torch.enable_grad():
-                block = Modes(*(mode.detach().requires_grad_() for mode in modes.of(channels)))
-                kernel_d2L = two_sided_kernel(block, blocks.length)
-            kernel_df = torch.fft.rfft(kernel_d2L.detach()).conj_physical_()
-            grad_kernel_df = torch.zeros_like(kernel_df)
-            for images in blocks.images:
-                grad_dbf = blocks.spectrum(grad_DBL[channels, images])
-                correlation_dbf = blocks.spectrum(u_DBL[channels, images]).conj_physical_()
-                correlation_dbf *= grad_dbf
-                grad_kernel_df += correlation_dbf.sum(1)
-                grad_dbf *= kernel_df.unsqueeze(1)
-                blocks.signal(grad_dbf, out=grad_u_DBL[channels, images])
-            grad_kernel_d2L = torch.fft.irfft(grad_kernel_df, n=2 * blocks.length)
-            parts = torch.autograd.grad(kernel_d2L, block, grad_kernel_d2L)
-            for whole, part in zip(grad_modes, parts, strict=True):
-                whole[channels] = part
-        return grad_u_DBL, *grad_modes
+
+def block_shape(width: int, batch: int, length: int, device: str) -> tuple[int, int, int]:
+    """[d, b, 2L] of the padded signals of a block; at least 8 channels."""
+    signals = max(8, BLOCK_BYTES["cpu" if device == "cpu" else "cuda"] // (2 * length * 4))
+    return min(signals, width), min(max(1, signals // width), batch), 2 * length
 
 
 class _Blocks:
@@ -93,10 +82,8 @@ class _Blocks:
     def __init__(self, u_DBL: Tensor) -> None:
         width, batch, *positions = u_DBL.shape
         self.length = math.prod(positions)
-        signals = max(8, BLOCK_BYTES["cpu" if u_DBL.is_cpu else "cuda"] // (2 * self.length * 4))
-        self.channels = _slices(width, signals)
-        self.images = _slices(batch, max(1, signals // width))
-        shape = (min(signals, width), min(max(1, signals // width), batch), 2 * self.length)
+        shape = block_shape(width, batch, self.length, u_DBL.device.type)
+        self.channels, self.images = _slices(width, shape[0]), _slices(batch, shape[1])
         self.padded = u_DBL.new_zeros(shape, dtype=torch.float32)  # its second half stays zero
         self.positions = positions
 

@@ -9,8 +9,9 @@ is fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +41,20 @@ class Modes(NamedTuple):
         return Modes(*(mode[channels] for mode in self))
 
 
-def in_fp32(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass that no autocast reaches, even where the caller's own is still open."""
-
-    def without_autocast(ctx: Any, grad: Tensor) -> Any:
-        with torch.autocast(grad.device.type, enabled=False):
-            return backward(ctx, grad)
-
-    return without_autocast
+@contextmanager
+def exact_fp32(device: torch.device) -> Iterator[None]:
+    """No autocast, and no matrix product in fewer bits than fp32 has, whatever the caller has allowed (TF32)."""
+    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    allowed = matmul.fp32_precision
+    with torch.autocast(device.type, enabled=False):
+        if allowed in ("none", "ieee"):
+            yield
+            return
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = allowed
 
 
 def discretize(parameters: S4DParameters) -> Modes:
@@ -117,7 +124,7 @@ class _SumOfModes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, log_lambda_d2N: Tensor, W_d2N: Tensor, length: int) -> Tensor:
-        stride, rows = _split(length)
+        stride, rows = split_length(length)
         low_bd2N, high_ad2N = powers(log_lambda_d2N, stride), powers(stride * log_lambda_d2N.conj(), rows)
         ctx.save_for_backward(low_bd2N, high_ad2N, W_d2N)
         # Re(x y) is the dot product of x̄ and y as pairs of reals
@@ -149,7 +156,7 @@ def _times(table_kd2N: Tensor, sums_d2k2N: Tensor) -> Tensor:
     return torch.mul(table_kd2N, sums_kd2N, out=torch.empty_like(table_kd2N))
 
 
-def _split(length: int) -> tuple[int, int]:
+def split_length(length: int) -> tuple[int, int]:
     """(stride, rows) ≈ √L each: with l = stride·a + b, λ^l is λ^(stride·a) · λ^b, two small tables instead of one."""
     stride = 1 << math.ceil(math.log2(length) / 2)
     return stride, -(-length // stride)

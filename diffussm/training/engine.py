@@ -57,6 +57,10 @@ def split_batch(train: TrainConfig, world_size: int) -> tuple[int, int]:
         ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
         micro = f" × train.micro_batch {train.micro_batch}" if train.micro_batch else ""
         works = " or ".join(str(batch) for batch in (below, below + unit) if batch)
+        share, rest = divmod(train.global_batch, world_size)
+        if train.micro_batch and not rest:
+            smaller = next(size for size in range(train.micro_batch, 0, -1) if share % size == 0)
+            works += f" can, or train.micro_batch {smaller}"
         raise UserError(
             f"train.global_batch {train.global_batch} cannot be made by {ranks}{micro} × accumulation: {works} can"
         )

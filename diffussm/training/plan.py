@@ -20,7 +20,8 @@ from diffussm.config import Config
 from diffussm.errors import UserError
 from diffussm.models.diffussm import ModelConfig
 from diffussm.models.macs import forward_macs, parameter_counts
-from diffussm.ops.fft import BLOCK_BYTES
+from diffussm.ops.fft import block_shape
+from diffussm.ops.kernel import split_length
 from diffussm.training.engine import split_batch
 
 BF16, FP32, FP64, COMPLEX64, COMPLEX128 = 2, 4, 8, 8, 16  # bytes
@@ -223,7 +224,7 @@ class Plan:
 
     def block_activations(self) -> dict[str, int]:
         """Bytes that one block saves for its backward pass, by what they are, in the order of its forward."""
-        D, M, state = self.model.width, self.model.hourglass, self.model.state
+        D, M = self.model.width, self.model.hourglass
         each, norm = self._itemsize() * self._unit(), self._norm_itemsize() * self._unit()
         return {
             "input": norm,
@@ -237,9 +238,7 @@ class Plan:
             "W1": 4 * each,
             "gated": 2 * each,
             "W3": each,
-            # which no image adds to
-            "W_down times mix": self._itemsize() * 2 * D**2,
-            "modes": D * state * (3 * FP64 + 7 * COMPLEX128),  # of the discretization
+            "W_down times mix": self._itemsize() * 2 * D**2,  # which no image adds to
         }
 
     def kernel_workspace(self) -> int:
@@ -248,14 +247,13 @@ class Plan:
         By FFT: five signals or spectra an image, and what the kernel and its gradient are made from. The chunked
         backend takes up to four times its own BLOCK_BYTES, which on a GPU is less.
         """
-        D, state, batch = self.model.width, self.model.state, self.micro_batch
-        signal = 2 * self.length * FP32
-        signals = max(8, BLOCK_BYTES[self.device] // signal)
-        channels = min(D, signals)
-        images = min(batch, max(1, signals // D))
-        stride = 1 << math.ceil(math.log2(self.length) / 2)
+        D, state = self.model.width, self.model.state
+        channels, images, points = block_shape(D, self.micro_batch, self.length, self.device)
+        signal = points * FP32
+        stride, _ = split_length(self.length)
         tables = channels * state * stride * COMPLEX64  # of powers: N/2 pairs, two directions
-        return 5 * channels * images * signal + 5 * tables + 6 * channels * signal
+        modes = D * state * (3 * FP64 + 7 * COMPLEX128)  # of the discretization, for its gradient
+        return modes + 5 * channels * images * signal + 5 * tables + 6 * channels * signal
 
     def _unit(self) -> int:
         """B·J·D: elements of the residual stream."""
@@ -275,20 +273,25 @@ class Plan:
     # Speed
 
     def macs_per_step(self) -> int:
-        """MACs of a global batch: a forward pass, a backward of twice that, and with checkpointing another forward."""
-        forward = sum(forward_macs(self.model, self.latent_shape[0], self.length).values())
-        return (4 if self.checkpointing else 3) * forward * self.config.train.global_batch
+        """MACs of a global batch: a forward pass, a backward of twice that, and with checkpointing another forward.
+
+        Without the kernels' generation, once a micro-batch: 2 % of one image's forward at XL.
+        """
+        return (4 if self.checkpointing else 3) * self._forward_macs() * self.config.train.global_batch
 
     def images_per_second(self, gpu_flops: float, mfu: float) -> float:
-        """Of all ranks, each of which does ``mfu`` × ``gpu_flops`` FLOP/s; a MAC is two."""
-        return self.ranks * gpu_flops * mfu / (2 * self.macs_per_step()) * self.config.train.global_batch
+        """Of all ranks, at an MFU as the trainer logs it: three forward passes an image, 2 FLOPs a MAC."""
+        return self.ranks * gpu_flops * mfu / (3 * 2 * self._forward_macs())
+
+    def _forward_macs(self) -> int:
+        return sum(forward_macs(self.model, self.latent_shape[0], self.length).values())
 
     def figures(self, gpu_flops: float, mfu: float, images: int, sample_bytes: int) -> dict[str, Any]:
         """All of the plan as JSON types, in bytes, seconds and counts, for a run to ``images`` seen.
 
         Args:
             gpu_flops: peak of a GPU, FLOP/s.
-            mfu: share of it that is reached, recomputation included.
+            mfu: share of it that is reached, in which what is computed again counts as nothing.
             images: where the run ends.
             sample_bytes: of one image's stored moments.
         """

@@ -26,7 +26,7 @@ from diffussm.diffusion.losses import hybrid_loss
 from diffussm.diffusion.schedule import Schedule
 from diffussm.errors import UserError
 from diffussm.files import write_atomically, write_json
-from diffussm.models.diffussm import DiffuSSM, fastest_backend
+from diffussm.models.diffussm import DiffuSSM, choose_ssm_backend
 from diffussm.models.macs import forward_macs
 from diffussm.pictures import grid
 from diffussm.training import checkpoint
@@ -289,7 +289,7 @@ class Trainer:
         if found:
             return checkpoint.load_meta(found)["config"]["train"]["ssm_backend"]
         model, positions, device = self.config.model, math.prod(self.shape[1:]), self.cluster.device
-        return self.cluster.from_main(lambda: fastest_backend(model, micro_batch, positions, precision, device))
+        return self.cluster.from_main(lambda: choose_ssm_backend(model, micro_batch, positions, precision, device))
 
     def _check_fit(self, found: Path, zero_stage: int) -> None:
         """Raise UserError unless this run continues the checkpoint's exactly."""

@@ -74,7 +74,7 @@ def test_takes_the_options_of_training(plan: Callable[..., tuple[int, str, str]]
     before, after = json.loads(out), json.loads(changed_out)
     assert (after["micro_batch"], after["accumulation"], after["zero_stage"]) == (8, 4, 3)
     assert after["macs_per_step"] * 3 == before["macs_per_step"] * 4
-    rate = before["images_per_second"] * 989 / 312 * 0.5 * 0.75
+    rate = before["images_per_second"] * 989 / 312 * 0.5
     assert after["images_per_second"] == pytest.approx(rate)
     assert (after["images"], after["steps"]) == (1000, 4)
     assert after["gpu_hours"] == pytest.approx(8 * 1000 / rate / 3600)
@@ -125,6 +125,11 @@ def test_what_cannot_fit_is_refused_with_the_least(plan: Callable[..., tuple[int
         ([*XL, "--gpus", "0"], "--gpus 0 must be positive"),
         ([*XL, "--gpu-memory", "-1"], "--gpu-memory -1 must be positive"),
         ([*XL, "--gpu-memory", "nan"], "--gpu-memory nan must be positive"),
+        ([*XL, "--gpu-memory", "1e300"], r"--gpu-memory 1e\+300 must be positive, and below 1e15"),
+        ([*XL, "--gpu-memory", "inf"], "--gpu-memory inf must be positive, and below 1e15"),
+        ([*XL, "--mfu", "1e-300"], "--mfu 1e-300 must be above 0"),
+        ([*XL, "--config", "xl512"], "unknown option --config"),
+        ([*XL, "--deepspeed", "ds_configs/zero3.json"], "unknown option --deepspeed"),
         ([*XL, "--images", "0"], "--images 0 must be positive"),
         ([*XL, "--gpu-peak", "0"], "--gpu-peak 0 must be positive"),
         ([*XL, "--mfu", "1.5"], "--mfu 1.5 must be above 0 and at most 1"),
@@ -147,12 +152,16 @@ def test_bad_arguments_are_one_line(
     assert re.match(f"error: .*{line}", err) and len(err.splitlines()) == 1, err
 
 
-def test_a_run_with_activation_checkpointing_is_the_run_without(trained: Path, shades: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_with_activation_checkpointing_is_the_run_without(
+    trained: Path, shades: Path, tmp_path: Path, stage: int
+) -> None:
     run = tmp_path / "run"
     overrides = {"train__activation_checkpointing": "true", "train__total_images": 32, "train__decay_images": 0}
-    done = runs.run(runs.command("torchrun", 2, runs.arguments(shades, run, **overrides)))
+    zero = f"--deepspeed={runs.ROOT / f'ds_configs/zero{stage}.json'}"
+    done = runs.run(runs.command("torchrun", 2, [*runs.arguments(shades, run, **overrides), zero]))
     assert done.returncode == 0, done.stderr
     for mine, theirs in zip(log_of(run), log_of(trained)[:4], strict=True):
-        assert {key: mine[key] for key in ("images", "loss/total", "grad_norm")} == {
-            key: theirs[key] for key in ("images", "loss/total", "grad_norm")
-        }
+        assert mine["images"] == theirs["images"]
+        for key in ("loss/total", "grad_norm"):  # stage 3 sums in another order than the run without, at stage 2
+            assert mine[key] == pytest.approx(theirs[key], rel=0 if stage == 2 else 1e-5)

@@ -7,8 +7,9 @@ from reference_s4d import recurrence, relative_error
 from diffussm.diffusion.generate import generate
 from diffussm.diffusion.schedule import Schedule
 from diffussm.models import s4d
-from diffussm.models.diffussm import DiffuSSM, ModelConfig, fastest_backend
+from diffussm.models.diffussm import DiffuSSM, ModelConfig, choose_ssm_backend
 from diffussm.models.s4d import BiSSM
+from diffussm.ops import s4d as ops
 
 pytestmark = pytest.mark.unit
 
@@ -108,25 +109,31 @@ def test_guided_sampling_generates_each_kernel_once(generated):
     assert generated == 3 * [16]
 
 
-def test_the_backend_that_is_set_is_the_one_that_trains(monkeypatch):
-    used = []
-    backends = {name: lambda u, modes, name=name: used.append(name) or u for name in ("fft", "chunked")}
-    monkeypatch.setattr("diffussm.ops.s4d.BACKENDS", backends)
+@pytest.fixture
+def used(monkeypatch):
+    """What the backends have been called with: (name, u)."""
+    calls = []
+
+    def watched(name, backend):
+        return backend._replace(forward=lambda u, modes: calls.append((name, u)) or backend.forward(u, modes))
+
+    backends = {name: watched(name, backend) for name, backend in ops.BACKENDS.items()}
+    monkeypatch.setattr(ops, "BACKENDS", backends)
+    monkeypatch.setattr(ops, "_fastest", {})
+    return calls
+
+
+def test_the_backend_that_is_set_is_the_one_that_trains(used):
     model = DiffuSSM(ModelConfig("custom", 16, 2, 2, 8), channels=2, num_classes=0)
     for backend in ("fft", "chunked"):
         model.set_ssm_backend(backend)
         model(torch.randn(1, 2, 4, 4), torch.tensor([3]))
-    assert used == ["fft", "fft", "chunked", "chunked"]
+    assert [name for name, _ in used] == ["fft", "fft", "chunked", "chunked"]
 
 
-def test_the_fastest_backend_of_a_model_is_timed_on_its_shapes(monkeypatch):
-    monkeypatch.setattr("diffussm.ops.s4d._fastest", {})
-    shapes, real = set(), dict(s4d.s4d.__globals__["BACKENDS"])
-    watched = {
-        name: lambda u, modes, convolve=convolve: shapes.add((u.shape, u.dtype, u.requires_grad)) or convolve(u, modes)
-        for name, convolve in real.items()
+def test_the_fastest_backend_of_a_model_is_timed_on_its_shapes(used):
+    backend = choose_ssm_backend(ModelConfig("custom", 16, 2, 2, 8), 3, 64, torch.bfloat16, torch.device("cpu"))
+    assert backend in ops.BACKENDS
+    assert {(name, u.shape, u.dtype) for name, u in used} == {
+        (name, torch.Size([16, 3, 32, 2]), torch.bfloat16) for name in ops.BACKENDS
     }
-    monkeypatch.setattr("diffussm.ops.s4d.BACKENDS", watched)
-    backend = fastest_backend(ModelConfig("custom", 16, 2, 2, 8), 3, 64, torch.bfloat16, torch.device("cpu"))
-    assert backend in real
-    assert shapes == {(torch.Size([16, 3, 32, 2]), torch.bfloat16, True)}

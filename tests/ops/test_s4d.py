@@ -8,7 +8,7 @@ import torch
 from reference_s4d import random_parameters, recurrence, relative_error
 
 from diffussm.ops import chunked, fft, s4d
-from diffussm.ops.kernel import Modes, S4DParameters, discretize, powers, two_sided_kernel
+from diffussm.ops.kernel import S4DParameters, discretize, exact_fp32, powers, two_sided_kernel
 from diffussm.ops.s4d import kernel_spectrum
 
 pytestmark = pytest.mark.unit
@@ -43,7 +43,15 @@ def test_equals_the_recurrence(backend, batch, length, width, pairs):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("batch", "length", "width", "pairs"), [(2, 1, 3, 4), (2, 13, 3, 4), (1, 64, 3, 4), (2, 200, 5, 8), (2, 1024, 2, 8)]
+    ("batch", "length", "width", "pairs"),
+    [
+        (2, 1, 3, 4),
+        (2, 13, 3, 4),
+        (1, 64, 3, 4),
+        (2, 200, 5, 8),
+        (2, 1024, 2, 32),
+        (1, 4096, 2, 32),
+    ],
 )
 def test_gradients_equal_autograd_through_the_recurrence(backend, batch, length, width, pairs):
     u, target = torch.randn(2, batch, length, width)
@@ -51,7 +59,7 @@ def test_gradients_equal_autograd_through_the_recurrence(backend, batch, length,
     ours = gradients(lambda u, p: s4d.s4d(u, p, backend=backend), inputs, target)
     truth = gradients(recurrence, [tensor.double() for tensor in inputs], target.double())
     for name, mine, true in zip(NAMES, ours, truth, strict=True):
-        assert relative_error(mine, true) < 5e-6, name
+        assert relative_error(mine, true) < 2e-6, name
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -132,8 +140,8 @@ def test_convolution_is_the_sum_over_both_sides():
     for to in range(length):
         for start in range(length):
             expected[:, to] += kernel[:, (to - start) % (2 * length)] * u[:, start]
-    for convolve in s4d.BACKENDS.values():
-        assert torch.allclose(convolve(u.permute(2, 0, 1), modes).permute(1, 2, 0), expected, atol=1e-6)
+    for backend in s4d.BACKENDS.values():
+        assert torch.allclose(backend.forward(u.permute(2, 0, 1), modes).permute(1, 2, 0), expected, atol=1e-6)
 
 
 def test_powers_and_their_gradient():
@@ -161,12 +169,59 @@ def test_works_inside_a_checkpoint(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_saves_its_input_and_the_modes_alone(backend):
-    modes = Modes(*(mode.detach().requires_grad_() for mode in discretize(parameters(8, 4))))
+def test_saves_its_input_and_the_parameters_alone(backend):
+    p = S4DParameters(*(tensor.requires_grad_() for tensor in parameters(8, 4)))
     u, saved = torch.randn(8, 2, 300, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        s4d.BACKENDS[backend](u, modes)
-    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (u, *modes)}
+        s4d.s4d(u, p, layout="DBL", backend=backend)
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (u, *p)}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_product_has_fewer_bits_than_fp32(device):
+    """The settings, which need no GPU; what they do to products needs one."""
+    matmul = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        allowed = matmul.fp32_precision
+        assert allowed == "tf32"
+        with exact_fp32(torch.device(device)):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == allowed
+        with pytest.raises(KeyError), exact_fp32(torch.device(device)):
+            raise KeyError
+        assert matmul.fp32_precision == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_passes_ask_for_exact_products(backend, monkeypatch):
+    seen = []
+
+    def watched(function):
+        return lambda *args: seen.append(torch.backends.mkldnn.matmul.fp32_precision) or function(*args)
+
+    monkeypatch.setitem(s4d.BACKENDS, backend, s4d.Convolution(*map(watched, s4d.BACKENDS[backend])))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        gradients(lambda u, p: s4d.s4d(u, p, backend=backend), [torch.randn(1, 9, 2), *parameters(2, 2)], 1.0)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["ieee", "ieee"]
+
+
+def test_a_spectrum_loses_no_gradient():
+    p, u = parameters(3, 4), torch.randn(2, 20, 3)
+    spectrum = kernel_spectrum(p, 20)
+    with pytest.raises(ValueError, match="no gradient"):
+        s4d.s4d(u.requires_grad_(), p, spectrum=spectrum)
+    with pytest.raises(ValueError, match="no gradient"):
+        s4d.s4d(u.detach(), p._replace(C=p.C.clone().requires_grad_()), spectrum=spectrum)
+    with torch.no_grad():
+        s4d.s4d(u, p, spectrum=spectrum)
 
 
 def test_auto_times_each_shape_once_and_keeps_the_faster(monkeypatch, caplog):
@@ -178,9 +233,9 @@ def test_auto_times_each_shape_once_and_keeps_the_faster(monkeypatch, caplog):
         def convolve(u, modes):
             calls.append(name)
             s4d.time.sleep(delays[name])
-            return fft.fft_convolution(u, modes)
+            return fft.convolve(u, modes)
 
-        return convolve
+        return s4d.Convolution(convolve, fft.convolve_backward)
 
     monkeypatch.setattr(s4d, "BACKENDS", {name: slowed(name) for name in delays})
     p, u = parameters(3, 4), torch.randn(2, 20, 3)

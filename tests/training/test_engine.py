@@ -63,7 +63,13 @@ def test_batches_split(global_batch, micro_batch, world_size, split):
 
 @pytest.mark.parametrize(
     ("global_batch", "micro_batch", "world_size", "values"),
-    [(64, None, 3, "63 or 66"), (64, 24, 2, "48 or 96"), (2, None, 4, ": 4 can")],
+    [
+        (64, None, 3, ": 63 or 66 can$"),
+        (64, 24, 2, ": 48 or 96 can, or train.micro_batch 16 can$"),
+        (65, 24, 2, ": 48 or 96 can$"),
+        (256, 8, 64, ": 512 can, or train.micro_batch 4 can$"),
+        (2, None, 4, ": 4 can$"),
+    ],
 )
 def test_impossible_batches_are_refused_with_those_that_work(global_batch, micro_batch, world_size, values):
     with pytest.raises(UserError, match=values):

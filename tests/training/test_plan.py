@@ -21,7 +21,7 @@ from diffussm.config import Config, TrainConfig, config_names, parse
 from diffussm.errors import UserError
 from diffussm.models.diffussm import DiffuSSM, ModelConfig
 from diffussm.ops import fft
-from diffussm.ops.kernel import Modes, discretize
+from diffussm.ops.s4d import s4d
 from diffussm.training.engine import read_ds_config
 from diffussm.training.plan import PARTS, REDUCE_BUCKET, Plan, describe_change, least_memory, smallest_change
 
@@ -146,10 +146,10 @@ def test_the_convolution_takes_no_more_than_its_workspace(length, batch, block, 
     config = Config(model=model, train=TrainConfig(global_batch=batch, precision="fp32"))
     plan = Plan(config, (1, 1, length), 0, 1, 2, "cpu")
     ssm = DiffuSSM(model, 1, 0).blocks[0].ssm
-    modes = Modes(*(mode.detach().requires_grad_() for mode in discretize(ssm.s4d_parameters())))
+    parameters = ssm.s4d_parameters()
     u = torch.randn(128, batch, length, requires_grad=True)
-    y = fft.fft_convolution(u, modes)
-    peak, held, _ = allocated(lambda: torch.autograd.grad(y, (u, *modes), torch.ones_like(y)))
+    y = s4d(u, parameters, layout="DBL", backend="fft")
+    peak, held, _ = allocated(lambda: torch.autograd.grad(y, (u, *parameters), torch.ones_like(y)))
     assert 0.5 * plan.kernel_workspace() < peak - held - y.nbytes < plan.kernel_workspace()
 
 
@@ -259,7 +259,7 @@ def test_figures_of_the_papers_run():
 def test_checkpointing_costs_a_forward_pass():
     without, kept = xl_plan(), xl_plan(activation_checkpointing=True)
     assert 3 * kept.macs_per_step() == 4 * without.macs_per_step()
-    assert kept.images_per_second(1e12, 0.5) == pytest.approx(0.75 * without.images_per_second(1e12, 0.5))
+    assert kept.images_per_second(1e12, 0.5) == without.images_per_second(1e12, 0.5)  # MFU does not count it
     assert kept.peak() < without.peak()
 
 
