@@ -55,7 +55,7 @@ def main() -> None:
     device, quick = arguments.device, arguments.quick
     report = Report("the textbook's S4D ÷ ours, in wall time and in peak memory", device)
     for shape in [PROMISED] if quick else SHAPES:
-        report.rows += time_rows(shape, device, rounds=3 if quick else 5)
+        report.rows += time_rows(shape, device, rounds=2 if quick else 5)
     for shape in [MEMORY_SHAPE] if quick else SHAPES:
         report.rows.append(memory_row(shape, device))
     ratios = {row["name"]: row["ratio"] for row in report.rows}

@@ -30,7 +30,8 @@ class MixAndDown(nn.Module):
     """The D→D mix of BiSSM and after it W_down, from channels first to positions.
 
     Nothing stands between the two, so from 2D positions on, M matrices W_down[k]·mix, multiplied anew in each forward
-    pass, cost less than the mix of every position: 2 D³ against L D², which is 12 % of a block's products.
+    pass, cost less than the mix of every position: 2 D³ against L D², which is 12 % of a block's products. Positions
+    count over the batch, so that an image alone and in a large batch comes out a rounding apart.
 
     Args:
         width: D.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffussm.data.index import Index
@@ -125,6 +126,30 @@ def test_other_zero_stages_resume_and_agree(stage, trained, shades, tmp_path):
         assert mine == pytest.approx(theirs, rel=1e-5)
     for name, weight in weights(run).items():
         assert torch.allclose(weight, weights(trained)[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("backend", ["fft", "chunked"])
+def test_a_run_keeps_the_backend_that_it_began_with(backend, shades, tmp_path):
+    """Whichever is the faster here: with the other it would round otherwise from there on."""
+    run = tmp_path / "run"
+    for ssm_backend, images in ((backend, 32), ("auto", 64)):
+        overrides = {"train__ssm_backend": ssm_backend, "train__total_images": images}
+        done = runs.run(runs.command("python", 1, runs.arguments(shades, run, **overrides)))
+        assert done.returncode == 0, done.stderr
+        assert f"S4D by {backend};" in done.stderr
+        assert yaml.safe_load((run / "config.yaml").read_text())["train"]["ssm_backend"] == backend
+    assert seen(run) == 64
+
+
+def test_auto_is_chosen_once_for_all_ranks(shades, tmp_path):
+    run = tmp_path / "run"
+    overrides = {"train__ssm_backend": "auto", "train__total_images": 32, "train__decay_images": 0}
+    done = runs.run(runs.command("torchrun", 2, runs.arguments(shades, run, **overrides)))
+    assert done.returncode == 0, done.stderr
+    chosen = yaml.safe_load((run / "config.yaml").read_text())["train"]["ssm_backend"]
+    assert chosen in ("fft", "chunked")
+    saved = checkpoint.load_meta(checkpoint.find(run / "checkpoints"))
+    assert saved["config"]["train"]["ssm_backend"] == chosen
 
 
 def test_records_between_checkpoints_are_those_of_an_unbroken_run(shades, tmp_path):
