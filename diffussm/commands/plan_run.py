@@ -12,7 +12,8 @@ from diffussm.data.index import INDEX_NAME, Index
 from diffussm.data.store import open_store
 from diffussm.errors import UserError
 from diffussm.training.hardware import GPU_PEAKS
-from diffussm.training.plan import PARTS, Plan, describe_change, least_memory, smallest_change
+from diffussm.training.plan import PARTS, Plan
+from diffussm.training.plan_changes import describe_change, least_memory, smallest_change
 
 GIB = 1 << 30
 GPUS = [name for name in GPU_PEAKS if name != "V100"]  # which has no bf16

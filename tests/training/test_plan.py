@@ -23,7 +23,8 @@ from diffussm.models.diffussm import DiffuSSM, ModelConfig
 from diffussm.ops import fft
 from diffussm.ops.s4d import s4d
 from diffussm.training.engine import read_ds_config
-from diffussm.training.plan import PARTS, REDUCE_BUCKET, Plan, describe_change, least_memory, smallest_change
+from diffussm.training.plan import PARTS, REDUCE_BUCKET, Plan
+from diffussm.training.plan_changes import describe_change, least_memory, smallest_change
 
 pytestmark = pytest.mark.unit
 
