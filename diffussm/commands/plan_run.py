@@ -28,11 +28,10 @@ def main() -> None:
     if not (plan.bf16 or arguments.gpu_peak):
         raise UserError("train.precision fp32: the peaks known here are those of bf16: give --gpu-peak TFLOPS")
     flops = 1e12 * arguments.gpu_peak if arguments.gpu_peak else GPU_PEAKS[arguments.gpu]
-    images = arguments.images or config.train.total_images
+    limit, images = int(arguments.gpu_memory * GIB), arguments.images or config.train.total_images
     figures = {"config": arguments.config, **plan.figures(flops, arguments.mfu, images, sample_bytes)}
-    figures["gpu_memory"] = limit = int(arguments.gpu_memory * GIB)
     change = None if plan.peak() <= limit else smallest_change(plan, limit)
-    figures |= {"fits": plan.peak() <= limit, "change": change and describe_change(plan, change)}
+    figures |= {"gpu_memory": limit, "fits": plan.peak() <= limit, "change": change and describe_change(plan, change)}
     if arguments.json != "-":
         print_plan(figures)
     emit_json(arguments.json, figures)
@@ -105,7 +104,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     for name, value in plan["activations"].items():
         now = ", as here" if (name == "with checkpointing") == plan["activation_checkpointing"] else ""
         print(f"activations     {value['bytes'] / GIB:.2f} GiB {name}: peak {value['peak'] / GIB:.1f} GiB{now}")
-    print("not counted     CUDA context, NCCL, what the allocator leaves unused: keep a tenth free\n")
+    print("not counted     CUDA context, NCCL, sample grids, what the allocator leaves unused: keep a tenth free\n")
     passes = "forward, again, and backward" if plan["activation_checkpointing"] else "forward and backward"
     print(f"computation     {number(plan['macs_per_step'] / 1e12)} TMACs a step ({passes})")
     peak = f"{plan['mfu']:.0%} of {plan['gpu_flops'] / 1e12:g} TFLOP/s a GPU"
