@@ -140,7 +140,7 @@ def batches_of(trainer: Trainer, count: int) -> list[Batch]:
     batch = config.train.global_batch
     order = SampleOrder(index.shard_counts, batch, config.train.seed)
     reader = SampleReader(open_store(config.data.path), index)
-    make = BatchMaker(config, index, trainer.codec)
+    make = BatchMaker(config, index)
     return [make(step, slice(0, batch), *reader.read(order.step_ids(step, 0, batch))) for step in range(count)]
 
 

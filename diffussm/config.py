@@ -47,13 +47,11 @@ class DataConfig:
         path: folder of the training shards and their index.
         reference: folder of the latents that samples are scored against.
         prepare: a data set that is fetched and encoded when ``path`` has no index yet: fashion-mnist.
-        flip: mirror each image with probability 1/2.
     """
 
     path: str = "data/imagenet256/train"
     reference: str | None = None
     prepare: str | None = None
-    flip: bool = True
 
 
 @dataclass

@@ -24,7 +24,6 @@ def arguments(data: Path, run: Path, **overrides: object) -> list[str]:
         "data.path": data / "train",
         "data.reference": data / "test",
         "data.prepare": "null",
-        "data.flip": "true",
         "model.width": 16,
         "model.depth": 2,
         "model.state": 4,

@@ -28,10 +28,6 @@ class Codec(Protocol):
         """Normalised latents [N, C, h, w] → uint8 images [N, H, W, channels]."""
         ...
 
-    def flip(self, latents: torch.Tensor) -> torch.Tensor:
-        """The latents [N, C, h, w], normalised or not, of the images mirrored left to right."""
-        ...
-
     def spec(self) -> dict[str, Any]:
         """The name and configuration as JSON: its identity, and all that :func:`codec_from_spec` needs."""
         ...

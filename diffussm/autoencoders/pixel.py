@@ -90,14 +90,6 @@ class PixelCodec:
         top, left = self._corner
         return square[:, top : top + self.height, left : left + self.width].contiguous().cpu().numpy()
 
-    def flip(self, latents: torch.Tensor) -> torch.Tensor:
-        """The latents [N, 4 · channels, size/2, size/2] of the images mirrored left to right, exactly."""
-        square = functional.pixel_shuffle(latents, FACTOR)
-        _, left = self._corner
-        columns = slice(left, left + self.width)
-        square[..., columns] = square[..., columns].flip(-1)
-        return functional.pixel_unshuffle(square, FACTOR)
-
     def spec(self) -> dict[str, Any]:
         """Name and configuration, for an index or a checkpoint."""
         return {"name": self.name, **asdict(self)}

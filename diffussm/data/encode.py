@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffussm.autoencoders.codec import Codec
-from diffussm.data.index import INDEX_NAME, Index, Shard, publish_index
+from diffussm.data.index import INDEX_NAME, SHARD_PREFIX, Index, Shard, publish_index, shard_name
 from diffussm.data.order import ENCODING_ORDER, philox, random_permutation
 from diffussm.data.shards import ShardBuilder
 from diffussm.data.sources import ImageSource
@@ -53,8 +53,8 @@ def encode(
         return index
 
     starts = range(0, len(source), samples_per_shard)
-    names = [f"shard-{number:05d}.tar" for number in range(len(starts))]
-    if stray := set(store.list("shard-")) - set(names):
+    names = [shard_name(number) for number in range(len(starts))]
+    if stray := set(store.list(SHARD_PREFIX)) - set(names):
         raise UserError(
             f"{store} holds {min(stray)}, which is not of this encoding: empty the folder or choose another"
         )
@@ -62,9 +62,10 @@ def encode(
     shards, tables = [], []
     refresh = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=len(source), desc=f"encoding {store}", unit="image", mininterval=refresh) as bar:
-        for name, start in zip(names, starts, strict=True):
+        for number, start in enumerate(starts):
+            name = names[number]
             numbers = range(start, min(start + samples_per_shard, len(source)))
-            content, table = _encode_shard(source, codec, order, numbers, bar)
+            content, table = _encode_shard(number, source, codec, order, numbers, bar)
             store.put(name, content)
             shards.append(Shard(name, len(content), len(table), hashlib.sha256(content).hexdigest()))
             tables.append(table)
@@ -73,14 +74,14 @@ def encode(
 
 
 def _encode_shard(
-    source: ImageSource, codec: Codec, order: np.ndarray, numbers: range, bar: tqdm
+    shard: int, source: ImageSource, codec: Codec, order: np.ndarray, numbers: range, bar: tqdm
 ) -> tuple[bytes, np.ndarray]:
     """The bytes of one shard and its rows of the table; sample ``number`` is image ``order[number]``."""
-    builder = ShardBuilder()
+    builder = ShardBuilder(shard)
     for start in range(numbers.start, numbers.stop, BATCH):
         ids = order[start : min(start + BATCH, numbers.stop)]
         images, labels = source.read(ids)
-        for number, (moments, label) in enumerate(zip(codec.encode(images), labels.tolist(), strict=True), start):
-            builder.add(number, moments, label)
+        for moments, label in zip(codec.encode(images), labels.tolist(), strict=True):
+            builder.add(moments, label)
         bar.update(len(ids))
     return builder.finish()

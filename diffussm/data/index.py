@@ -10,7 +10,7 @@ import io
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from diffussm.errors import UserError
 FORMAT = "diffussm-latents/1"
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.npy"
+SHARD_PREFIX = "shard-"
 # Of each sample, in the order of their numbers: the byte offset and length of the raw array inside its shard, the crc32
 # of those bytes, and the class.
 SAMPLE_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4"), ("label", "<i4")])
@@ -33,9 +34,14 @@ MAX_SAMPLE_BYTES = 1 << 28
 AGAIN = "restore it, or delete index.json and run tools/encode_latents.py again"
 
 
-def sample_key(number: int) -> str:
-    """The key, in its shard, of the sample whose place in the data set is ``number``."""
-    return f"{number:09d}"
+def shard_name(shard: int) -> str:
+    """The name of the shard numbered ``shard``."""
+    return f"{SHARD_PREFIX}{shard:05d}.tar"
+
+
+def sample_key(shard: int, place: int) -> str:
+    """The key of the sample that is number ``place`` in the shard numbered ``shard``: no other in the set has it."""
+    return f"{shard:05d}-{place:06d}"
 
 
 @dataclass(frozen=True)
@@ -98,14 +104,14 @@ class Index:
             index = _parse(store)
         except (ValueError, RecursionError, FileNotFoundError) as error:
             raise UserError(f"{store}/{INDEX_NAME} is damaged: {error}: {AGAIN}") from error
+        there = store.list(SHARD_PREFIX)
         for shard in index.shards:
-            try:
-                size = store.size(shard.name)
-            except FileNotFoundError:
-                raise UserError(f"{store}/{shard.name} is missing: {AGAIN}") from None
-            if size != shard.size:
+            if shard.name not in there:
+                raise UserError(f"{store}/{shard.name} is missing: {AGAIN}")
+            if (size := there[shard.name].size) != shard.size:
                 raise UserError(f"{store}/{shard.name} has {size} bytes, the index says {shard.size}: {AGAIN}")
-        return index
+        # A copy of the data set has etags of its own. What the store says now holds for as long as the index is used.
+        return replace(index, shards=[replace(shard, etag=there[shard.name].etag) for shard in index.shards])
 
 
 def publish_index(
@@ -137,7 +143,7 @@ def publish_index(
 
 def _parse(store: Store) -> Index:
     """`index.json` and its table as an Index; ValueError says what is wrong with them."""
-    _check(store.size(INDEX_NAME) <= MAX_INDEX_BYTES, "it is absurdly large")
+    _check(store.stat(INDEX_NAME).size <= MAX_INDEX_BYTES, "it is absurdly large")
     content = store.read(INDEX_NAME)
     table = json.loads(content)
     form = _get(table, "format", str)
@@ -180,7 +186,7 @@ def _parse(store: Store) -> Index:
 
 def _parse_shard(entry: Any) -> Shard:
     name = _get(entry, "name", str)
-    _check(re.fullmatch(r"\w[\w.-]*\.tar", name, re.ASCII) is not None, f"{name!r} is not a shard's name")
+    _check(re.fullmatch(SHARD_PREFIX + r"[\w.-]+\.tar", name, re.ASCII) is not None, f"{name!r} is not a shard's name")
     size, count = _get(entry, "size", int), _get(entry, "count", int)
     _check(0 < size <= MAX_SHARD_BYTES and count > 0, f"{name} has {size} bytes and {count} samples")
     etag = entry.get("etag")
@@ -189,7 +195,7 @@ def _parse_shard(entry: Any) -> Shard:
 
 def _read_samples(store: Store, count: int, entry: dict[str, Any]) -> np.ndarray:
     _check(_get(entry, "name", str) == SAMPLES_NAME, f"its table of samples is not {SAMPLES_NAME}")
-    size = store.size(SAMPLES_NAME)
+    size = store.stat(SAMPLES_NAME).size
     header_limit = 4096
     _check(0 <= size - count * SAMPLE_DTYPE.itemsize <= header_limit, f"{SAMPLES_NAME} is not of {count} samples")
     content = store.read(SAMPLES_NAME)

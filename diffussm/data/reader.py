@@ -45,7 +45,10 @@ class SampleReader:
 
     def keys(self, ids: np.ndarray) -> list[str]:
         """The samples' keys in their shards."""
-        return [sample_key(number) for number in ids]
+        return [self._key(shard, number) for shard, number in zip(self._shards_of(ids), ids, strict=True)]
+
+    def _key(self, shard: int, number: int) -> str:
+        return sample_key(shard, number - self._shard_ends[shard] + self.index.shards[shard].count)
 
     def _shards_of(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) and not 0 <= ids.min() <= ids.max() < len(self.index):
@@ -54,6 +57,6 @@ class SampleReader:
 
     def _damaged(self, shard: int, number: int, problem: str) -> UserError:
         return UserError(
-            f"{self._store}/{self._names[shard]}: sample {sample_key(number)} is unreadable: {problem}: restore the "
-            f"shard, or delete index.json and run tools/encode_latents.py again"
+            f"{self._store}/{self._names[shard]}: sample {self._key(shard, number)} is unreadable: {problem}: restore "
+            f"the shard, or delete index.json and run tools/encode_latents.py again"
         )

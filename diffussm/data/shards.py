@@ -17,9 +17,10 @@ from diffussm.data.index import SAMPLE_DTYPE, sample_key
 
 
 class ShardBuilder:
-    """Builds one shard in memory. The same samples give the same bytes on any machine."""
+    """Builds the shard numbered ``shard`` in memory. The same samples give the same bytes on any machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, shard: int) -> None:
+        self._shard = shard
         self._rows: list[tuple[int, int, int, int]] = []
         self._buffer = io.BytesIO()
         self._tar = webdataset.TarWriter(self._buffer, encoder=False, mtime=0, user="", group="", mode=0o644)
@@ -27,11 +28,11 @@ class ShardBuilder:
         # names both write the same bytes; this makes anything that USTAR cannot hold an error.
         self._tar.tarstream.format = tarfile.USTAR_FORMAT
 
-    def add(self, number: int, moments: np.ndarray, label: int) -> None:
-        """Append the sample whose place in the whole data set is ``number``."""
+    def add(self, moments: np.ndarray, label: int) -> None:
+        """Append a sample."""
         data = moments.tobytes()
         npy = npy_header(moments.shape, moments.dtype) + data
-        self._tar.write({"__key__": sample_key(number), "cls": b"%d" % label, "latent.npy": npy})
+        self._tar.write({"__key__": sample_key(self._shard, len(self._rows)), "cls": b"%d" % label, "latent.npy": npy})
         # Members are written in the order of their names, so the array is the end of the tar up to now, but for the
         # padding to whole blocks.
         padding = -len(npy) % tarfile.BLOCKSIZE

@@ -5,46 +5,67 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from diffussm.errors import UserError
-from diffussm.files import atomic_path, write_atomically
+from diffussm.files import atomic_path
 
 OPEN_FILES = 256  # kept open by one store; a process may usually hold 1024
+Buffer = bytes | memoryview
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What a store tells of an object without reading it. ``etag`` names this version of it; None on a disk."""
+
+    size: int
+    etag: str | None = None
 
 
 class Store(Protocol):
     """An object store. ``str(store)`` is its URL. Names are relative, with '/' between their parts.
 
-    Every method raises UserError for a name that is absolute or has a '..' in it.
+    Every method raises UserError for a name that is absolute or has a '..' in it, and where the store cannot be
+    reached or refuses; the line names the object. Threads and forked processes may share one store.
     """
 
-    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+    def read(self, name: str, start: int = 0, length: int | None = None, etag: str | None = None) -> Buffer:
         """The object's bytes from ``start``: ``length`` of them, or to its end; fewer where the object ends sooner.
 
-        Raises FileNotFoundError where there is no such object.
+        Raises:
+            FileNotFoundError: there is no such object.
+            UserError: ``etag`` is given, and the object is another version.
         """
         ...
 
-    def size(self, name: str) -> int:
-        """The object's bytes. Raises FileNotFoundError where there is no such object."""
+    def stat(self, name: str) -> Stat:
+        """Raises FileNotFoundError where there is no such object."""
         ...
 
-    def put(self, name: str, content: bytes | Path) -> None:
-        """Create or replace an object by bytes or a file's content, in one step: no reader ever sees a part of it."""
+    def put(self, name: str, content: bytes | Path, if_absent: bool = False) -> Stat:
+        """Create or replace an object by bytes or a file's content, in one step: no reader ever sees a part of it.
+
+        Raises:
+            FileExistsError: there is such an object, and ``if_absent`` asked for none.
+        """
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove an object, if it is there."""
         ...
 
     def exists(self, name: str) -> bool: ...
 
-    def list(self, prefix: str = "") -> list[str]:
-        """The names that begin with ``prefix``, sorted."""
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        """The objects whose names begin with ``prefix``, sorted by name."""
         ...
 
 
 def open_store(url: str | Path) -> Store:
-    """The store at a path or a ``file://`` URL; a folder that does not exist is an empty store.
+    """The store at a path, a ``file://`` or an ``s3://bucket/prefix`` URL; where nothing is yet, it is empty.
 
     Raises:
         UserError: the URL is of another kind.
@@ -53,11 +74,23 @@ def open_store(url: str | Path) -> Store:
     if "://" not in url:
         return LocalStore(Path(url))
     parts = urlsplit(url)
+    if parts.scheme == "s3":
+        from diffussm.data.s3 import S3Store  # needs boto3, which data on a disk does not
+
+        return S3Store(parts.netloc, parts.path)
     if parts.scheme != "file":
-        raise UserError(f"cannot open {url}: {parts.scheme}:// is not supported, give a path or file:///path")
+        raise UserError(f"cannot open {url}: {parts.scheme}:// is not supported, give s3://bucket/prefix or a path")
     if parts.netloc not in ("", "localhost"):
         raise UserError(f"cannot open {url}: a file URL has three slashes, file:///{parts.netloc}{parts.path}")
     return LocalStore(Path(unquote(parts.path)))
+
+
+def checked_name(store: Store, name: str) -> PurePosixPath:
+    """``name`` as a relative path; UserError where it would leave the store."""
+    parts = PurePosixPath(name)
+    if not parts.parts or parts.is_absolute() or ".." in parts.parts:
+        raise UserError(f"{name!r} is not a name inside {store}: it may be neither absolute nor contain '..'")
+    return parts
 
 
 class LocalStore:
@@ -70,7 +103,7 @@ class LocalStore:
     def __str__(self) -> str:
         return str(self._root)
 
-    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+    def read(self, name: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
         file = self._open(name)
         if length is None:
             length = max(0, os.fstat(file.descriptor).st_size - start)
@@ -82,33 +115,37 @@ class LocalStore:
             data += more
         return data
 
-    def size(self, name: str) -> int:
-        return self._path(name).stat().st_size
+    def stat(self, name: str) -> Stat:
+        return Stat(self._path(name).stat().st_size)
 
-    def put(self, name: str, content: bytes | Path) -> None:
-        path = self._path(name)
-        if isinstance(content, bytes):
-            write_atomically(path, content)
-        else:
-            with atomic_path(path) as temporary:
+    def put(self, name: str, content: bytes | Path, if_absent: bool = False) -> Stat:
+        with atomic_path(self._path(name), replace=not if_absent) as temporary:
+            if isinstance(content, bytes):
+                temporary.write_bytes(content)
+            else:
                 shutil.copyfile(content, temporary)
         self._open.cache_clear()  # what is open under this name is the old file
+        return self.stat(name)
+
+    def delete(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+        self._open.cache_clear()
 
     def exists(self, name: str) -> bool:
         return self._path(name).is_file()
 
-    def list(self, prefix: str = "") -> list[str]:
-        names = []
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        found = {}
         for folder, folders, files in os.walk(self._root):
             folders[:] = [name for name in folders if not name.startswith(".")]  # writes under way
-            names += [Path(folder, name).relative_to(self._root).as_posix() for name in files if name[0] != "."]
-        return sorted(name for name in names if name.startswith(prefix))
+            for path in (Path(folder, name) for name in files if name[0] != "."):
+                name = path.relative_to(self._root).as_posix()
+                if name.startswith(prefix):
+                    found[name] = self.stat(name)
+        return dict(sorted(found.items()))
 
     def _path(self, name: str) -> Path:
-        parts = PurePosixPath(name)
-        if not parts.parts or parts.is_absolute() or ".." in parts.parts:
-            raise UserError(f"{name!r} is not a name inside {self}: it may be neither absolute nor contain '..'")
-        return self._root / parts
+        return self._root / checked_name(self, name)
 
 
 class _File:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffussm.autoencoders.codec import Codec
 from diffussm.config import Config
 from diffussm.data.index import Index
 from diffussm.training.draws import draw
@@ -32,8 +31,8 @@ class Batch:
 class BatchMaker:
     """``(step, positions, moments, labels) → Batch``, with every random draw made: what the stream's thread does."""
 
-    def __init__(self, config: Config, index: Index, codec: Codec) -> None:
-        self.config, self.index, self.codec = config, index, codec
+    def __init__(self, config: Config, index: Index) -> None:
+        self.config, self.index = config, index
 
     def __call__(self, step: int, positions: slice, moments: np.ndarray, labels: np.ndarray) -> Batch:
         train, diffusion = self.config.train, self.config.diffusion
@@ -44,8 +43,6 @@ class BatchMaker:
         if self.index.posterior:
             mean, log_variance = latents.chunk(2, dim=1)
             latents = mean + (0.5 * log_variance).exp() * draws.posterior
-        if self.config.data.flip:
-            latents = torch.where(draws.flip.view(-1, 1, 1, 1), self.codec.flip(latents), latents)
         return Batch(
             x0=(latents - self.index.shift) * self.index.scale,
             noise=draws.noise,

@@ -21,14 +21,12 @@ class Draws:
     Attributes:
         t: int64 [B], timesteps, uniform in 0..T-1.
         drop: bool [B], whether the label is dropped.
-        flip: bool [B], whether the image is mirrored; true with probability 1/2.
         posterior: standard normal [B, C, H, W], of the autoencoder's posterior.
         noise: standard normal [B, C, H, W], of the diffusion.
     """
 
     t: Tensor
     drop: Tensor
-    flip: Tensor
     posterior: Tensor
     noise: Tensor
 
@@ -44,7 +42,7 @@ def draw(seed: int, progress: Sequence[int], shape: Sequence[int], timesteps: in
         label_drop: probability that a label is dropped.
     """
     count = len(progress)
-    uniform = np.empty((count, 3))
+    uniform = np.empty((count, 2))
     normal = np.empty((count, 2, *shape), np.float32)
     for row, position in enumerate(progress):
         generator = np.random.Generator(philox(seed, TRAINING, position))
@@ -54,7 +52,6 @@ def draw(seed: int, progress: Sequence[int], shape: Sequence[int], timesteps: in
     return Draws(
         t=torch.from_numpy((uniform[:, 0] * timesteps).astype(np.int64)),
         drop=torch.from_numpy(uniform[:, 1] < label_drop),
-        flip=torch.from_numpy(uniform[:, 2] < 0.5),
         posterior=normal[:, 0],
         noise=normal[:, 1],
     )

@@ -96,7 +96,7 @@ class Trainer:
             order,
             start_step=self.images // train.global_batch,
             positions=slice(cluster.rank * share, (cluster.rank + 1) * share),
-            collate=BatchMaker(config, index, self.codec),
+            collate=BatchMaker(config, index),
         )
         self.losses: list[Tensor] = []  # of the micro-batches since the last record
         # an image costs its forward pass, and twice that for the backward; 2 FLOPs a MAC

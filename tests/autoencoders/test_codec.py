@@ -93,12 +93,3 @@ def test_wrong_arrays_are_refused() -> None:
         codec.encode(random_images(1, 28, 28, 1).astype(np.float32))
     with pytest.raises(UserError, match="decodes"):
         codec.decode(torch.zeros(1, 12, 16, 16))
-
-
-@pytest.mark.parametrize("codec", [PixelCodec(28, 28, 1), PixelCodec(5, 7, 3, size=10)])
-def test_flip_mirrors_the_image(codec: PixelCodec) -> None:
-    images = random_images(3, codec.height, codec.width, codec.channels)
-    latents = normalised(codec, codec.encode(images))
-    before = latents.clone()
-    np.testing.assert_array_equal(codec.decode(codec.flip(latents)), images[:, :, ::-1])
-    assert torch.equal(latents, before)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffussm.data import store as store_module
-from diffussm.data.store import open_store
+from diffussm.data.store import Stat, open_store
 from diffussm.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -15,15 +15,18 @@ pytestmark = pytest.mark.unit
 
 def test_put_and_read(tmp_path: Path) -> None:
     store = open_store(tmp_path / "new")
-    assert store.list() == [] and not store.exists("a")
+    assert store.list() == {} and not store.exists("a")
     store.put("a", b"0123456789")
     store.put("b/c", b"")
-    assert store.exists("a") and store.size("a") == 10
+    assert store.exists("a") and store.stat("a") == Stat(10)
     assert store.read("a") == b"0123456789"
     assert store.read("a", 3, 4) == b"3456"
     assert store.read("a", 7) == store.read("a", 7, 100) == b"789"
     assert store.read("a", 20) == store.read("a", 20, 5) == store.read("b/c") == b""
-    assert store.list() == ["a", "b/c"] and store.list("b") == ["b/c"]
+    assert list(store.list()) == ["a", "b/c"] and store.list("b") == {"b/c": Stat(0)}
+    store.delete("a")
+    store.delete("a")
+    assert not store.exists("a") and list(store.list()) == ["b/c"]
 
 
 def test_put_replaces_what_is_being_read(tmp_path: Path) -> None:
@@ -32,7 +35,15 @@ def test_put_replaces_what_is_being_read(tmp_path: Path) -> None:
     assert store.read("a") == b"old"
     (tmp_path / "source").write_bytes(b"newer")
     store.put("a", tmp_path / "source")
-    assert store.read("a") == b"newer" and store.size("a") == 5
+    assert store.read("a") == b"newer" and store.stat("a").size == 5
+
+
+def test_put_if_absent(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.put("a", b"first", if_absent=True)
+    with pytest.raises(FileExistsError):
+        store.put("a", b"second", if_absent=True)
+    assert store.read("a") == b"first" and list(store.list()) == ["a"]
 
 
 def test_unfinished_writes_are_no_objects(tmp_path: Path) -> None:
@@ -40,12 +51,12 @@ def test_unfinished_writes_are_no_objects(tmp_path: Path) -> None:
     store.put("a", b"")
     (tmp_path / ".b.x1").mkdir()
     (tmp_path / ".b.x1" / "b").write_bytes(b"half")
-    assert store.list() == ["a"]
+    assert list(store.list()) == ["a"]
 
 
 def test_missing_objects(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    for call in (store.read, store.size):
+    for call in (store.read, store.stat):
         with pytest.raises(FileNotFoundError):
             call("a")
     store.put("a", b"now")
@@ -55,7 +66,7 @@ def test_missing_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a", "a/../../b", "..", "", "."])
 def test_names_stay_inside(tmp_path: Path, name: str) -> None:
     store = open_store(tmp_path)
-    for call in (store.read, store.size, store.exists, lambda name: store.put(name, b"")):
+    for call in (store.read, store.stat, store.exists, lambda name: store.put(name, b"")):
         with pytest.raises(UserError, match="not a name inside"):
             call(name)
 
