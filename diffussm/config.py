@@ -44,12 +44,16 @@ class DataConfig:
     """The latents.
 
     Attributes:
-        path: folder of the training shards and their index.
-        reference: folder of the latents that samples are scored against.
+        path: folder or s3:// URL of the training shards and their index.
+        cache: folder of a local disk where a node keeps the shards that it has fetched; null: none.
+        cache_gib: what that folder may hold, GiB.
+        reference: folder or s3:// URL of the latents that samples are scored against.
         prepare: a data set that is fetched and encoded when ``path`` has no index yet: fashion-mnist.
     """
 
     path: str = "data/imagenet256/train"
+    cache: str | None = None
+    cache_gib: float = 100.0
     reference: str | None = None
     prepare: str | None = None
 
@@ -142,6 +146,7 @@ class Config:
         self.model.resolved()
         train = self.train
         for key, ok, want in (
+            ("data.cache_gib", self.data.cache_gib > 0, "positive"),
             ("diffusion.steps", self.diffusion.steps >= 2, "at least 2, usually 1000"),
             ("diffusion.label_drop", 0 <= self.diffusion.label_drop < 1, "in [0, 1), usually 0.1"),
             ("sample.steps", 1 <= self.sample.steps <= self.diffusion.steps, f"in 1..{self.diffusion.steps}"),

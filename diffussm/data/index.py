@@ -189,8 +189,9 @@ def _parse_shard(entry: Any) -> Shard:
     _check(re.fullmatch(SHARD_PREFIX + r"[\w.-]+\.tar", name, re.ASCII) is not None, f"{name!r} is not a shard's name")
     size, count = _get(entry, "size", int), _get(entry, "count", int)
     _check(0 < size <= MAX_SHARD_BYTES and count > 0, f"{name} has {size} bytes and {count} samples")
-    etag = entry.get("etag")
-    return Shard(name, size, count, _get(entry, "sha256", str), None if etag is None else _get(entry, "etag", str))
+    sha256 = _get(entry, "sha256", str)
+    _check(re.fullmatch("[0-9a-f]{64}", sha256) is not None, f"{name} has no sha256, but {sha256!r}")
+    return Shard(name, size, count, sha256, None if entry.get("etag") is None else _get(entry, "etag", str))
 
 
 def _read_samples(store: Store, count: int, entry: dict[str, Any]) -> np.ndarray:
@@ -213,9 +214,14 @@ def _check_samples(index: Index) -> None:
     sample_bytes = math.prod(index.moments_shape) * index.dtype.itemsize
     _check(sample_bytes <= MAX_SAMPLE_BYTES, f"its samples are of {sample_bytes} bytes")
     _check(bool((samples["length"] == sample_bytes).all()), f"not all samples are of {sample_bytes} bytes")
-    room = np.array([shard.size - sample_bytes for shard in index.shards])
-    offsets = np.minimum(samples["offset"], MAX_SHARD_BYTES).astype(np.int64)
-    _check(bool((offsets <= np.repeat(room, index.shard_counts)).all()), "a sample lies outside its shard")
+    first = 0
+    for shard in index.shards:
+        offsets = samples["offset"][first : first + shard.count]
+        first += shard.count
+        inside = shard.size >= sample_bytes and bool((offsets <= shard.size - sample_bytes).all())
+        _check(inside, f"a sample lies outside its shard {shard.name}")
+        in_turn = bool((offsets[1:] >= offsets[:-1] + np.uint64(sample_bytes)).all())
+        _check(in_turn, f"the samples of {shard.name} do not follow each other")
     classes = max(1, len(index.class_names))
     _check(bool(((samples["label"] >= 0) & (samples["label"] < classes)).all()), "a label names no class")
 

@@ -1,51 +1,109 @@
-"""Samples by number: read by offset from their shards, each checked."""
+"""Samples by number: whole ranges of a shard are read at once, and each sample in them is checked."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 
+from diffussm.data.cache import ShardCache
 from diffussm.data.index import Index, sample_key
-from diffussm.data.store import Store
+from diffussm.data.store import Buffer, Store
 from diffussm.errors import UserError
+
+RANGE_BYTES = 8 << 20  # of one read, to a sample; more are cut into equal parts
+GAP_BYTES = 64 << 10  # between two samples: reading over it is cheaper than asking again
+ATTEMPTS = 3  # to read what arrives damaged
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Samples of one shard that one read fetches: ``ids`` int64 [n], ascending."""
+
+    shard: int
+    ids: np.ndarray
 
 
 class SampleReader:
-    """Random access to the samples of an encoded data set."""
+    """Random access to the samples of an encoded data set.
 
-    def __init__(self, store: Store, index: Index) -> None:
+    Args:
+        cache: where whole shards are kept on this node, if anywhere.
+    """
+
+    def __init__(self, store: Store, index: Index, cache: ShardCache | None = None) -> None:
         self.index = index
         self._store = store
-        self._names = [shard.name for shard in index.shards]
+        self._cache = cache
         self._shard_ends = np.cumsum(index.shard_counts)
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The samples numbered ``ids`` [n]: moments [n, C or 2C, h, w] as stored, and labels int64 [n].
+        """The samples numbered ``ids`` [n], in any order: moments [n, C or 2C, h, w] as stored, and labels int64 [n].
 
         Raises:
             UserError: a sample is missing, torn or altered; the line names its shard and its key.
         """
+        ascending, places = np.unique(ids, return_inverse=True)
+        moments = np.empty((len(ascending), *self.index.moments_shape), self.index.dtype)
+        done = 0
+        for run in self.plan(ascending):
+            moments[done : done + len(run.ids)] = self.read_run(run)
+            done += len(run.ids)
+        return moments[places], self.labels(ids)
+
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        """The classes of the samples numbered ``ids`` [n], int64 [n]."""
+        return self.index.samples["label"][ids].astype(np.int64)
+
+    def plan(self, ids: np.ndarray) -> list[Run]:
+        """The reads that fetch the samples numbered ``ids`` [n], ascending: neighbours together, in the same order."""
         shards = self._shards_of(ids)
         rows = self.index.samples[ids]
-        samples = []
-        columns = (rows[name].tolist() for name in ("offset", "length", "crc32"))
-        for i, (shard, offset, length, crc32) in enumerate(zip(shards.tolist(), *columns, strict=True)):
-            try:
-                data = self._store.read(self._names[shard], offset, length)
-            except OSError as error:
-                raise self._damaged(shard, ids[i], error.strerror or str(error)) from error
-            if len(data) != length:
-                raise self._damaged(shard, ids[i], "the file ends before it")
-            if zlib.crc32(data) != crc32:
-                raise self._damaged(shard, ids[i], "its bytes have changed since they were encoded")
-            samples.append(data)
-        moments = np.frombuffer(bytearray().join(samples), self.index.dtype)
-        return moments.reshape(len(ids), *self.index.moments_shape), rows["label"].astype(np.int64)
+        starts = rows["offset"].astype(np.int64)
+        ends = starts + rows["length"]
+        far = (np.diff(shards) != 0) | (starts[1:] - ends[:-1] > GAP_BYTES)
+        edges = [0, *(np.flatnonzero(far) + 1).tolist(), len(ids)] if len(ids) else [0]
+        runs = []
+        for first, end in itertools.pairwise(edges):
+            parts = math.ceil((ends[end - 1] - starts[first]) / RANGE_BYTES)
+            cuts = [first + (end - first) * part // parts for part in range(parts + 1)]
+            runs += [Run(int(shards[first]), ids[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
+        return runs
+
+    def read_run(self, run: Run) -> np.ndarray:
+        """The run's moments [n, C or 2C, h, w], read-only: a view of what was read, not to be kept for a few of them.
+
+        Raises:
+            UserError: as :meth:`read`.
+        """
+        rows = self.index.samples[run.ids]
+        for _ in range(ATTEMPTS):  # a network may alter bytes on their way; what lies altered stays so
+            data = self._read_range(run, rows)
+            problem = _find_damage(data, rows)
+            if problem is None:
+                return _view(data, rows, (len(rows), *self.index.moments_shape), self.index.dtype)
+            if self._cache:
+                self._cache.drop(self.index.shards[run.shard])
+        place, reason = problem
+        raise self._damaged(run.shard, run.ids[place], reason)
 
     def keys(self, ids: np.ndarray) -> list[str]:
         """The samples' keys in their shards."""
         return [self._key(shard, number) for shard, number in zip(self._shards_of(ids), ids, strict=True)]
+
+    def _read_range(self, run: Run, rows: np.ndarray) -> Buffer:
+        """The bytes from the run's first sample to the end of its last."""
+        shard = self.index.shards[run.shard]
+        start, end = int(rows["offset"][0]), int(rows["offset"][-1]) + int(rows["length"][-1])
+        try:
+            if self._cache:
+                return self._cache.read(shard, start, end - start)
+            return self._store.read(shard.name, start, end - start, shard.etag)
+        except OSError as error:
+            raise self._damaged(run.shard, run.ids[0], error.strerror or str(error)) from error
 
     def _key(self, shard: int, number: int) -> str:
         return sample_key(shard, number - self._shard_ends[shard] + self.index.shards[shard].count)
@@ -57,6 +115,35 @@ class SampleReader:
 
     def _damaged(self, shard: int, number: int, problem: str) -> UserError:
         return UserError(
-            f"{self._store}/{self._names[shard]}: sample {self._key(shard, number)} is unreadable: {problem}: restore "
-            f"the shard, or delete index.json and run tools/encode_latents.py again"
+            f"{self._store}/{self.index.shards[shard].name}: sample {self._key(shard, number)} is unreadable: "
+            f"{problem}: restore the shard, or delete index.json and run tools/encode_latents.py again"
         )
+
+
+def _find_damage(data: Buffer, rows: np.ndarray) -> tuple[int, str] | None:
+    """The place of the first sample of a range that is not as it was encoded, and what is wrong with it."""
+    data = memoryview(data)
+    base = int(rows["offset"][0])
+    columns = (rows[name].tolist() for name in ("offset", "length", "crc32"))
+    for place, (offset, length, crc32) in enumerate(zip(*columns, strict=True)):
+        start = offset - base
+        if start + length > len(data):
+            return place, "the file ends before it"
+        if zlib.crc32(data[start : start + length]) != crc32:
+            return place, "its bytes have changed since they were encoded"
+    return None
+
+
+def _view(data: Buffer, rows: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The samples of a range as one array: where they are evenly spaced, as our shards are, without a copy."""
+    offsets = rows["offset"].astype(np.int64) - int(rows["offset"][0])
+    steps = np.diff(offsets)
+    if len(steps) and (steps != steps[0]).any():
+        moments = np.empty(shape, dtype)
+        for place, offset in enumerate(offsets.tolist()):
+            moments[place] = np.frombuffer(data, dtype, moments[place].size, offset).reshape(shape[1:])
+        return moments
+    inner = np.empty(shape[1:], dtype).strides
+    view = np.ndarray(shape, dtype, data, strides=(int(steps[0]) if len(steps) else 0, *inner))
+    view.flags.writeable = False
+    return view

@@ -111,7 +111,7 @@ def verify(checkpoint: Path) -> None:
 
 def load_meta(checkpoint: Path) -> dict[str, Any]:
     """meta.json: images, world_size, zero_stage and config of the run; channels, num_classes, class_names, codec,
-    latent_shape, scale, shift and data_hash of its data. UserError if it is none."""
+    latent_shape, scale and shift of its data. UserError if it is none."""
     try:
         meta = json.loads((checkpoint / "meta.json").read_text())
         if meta["format"] != FORMAT:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffussm.autoencoders.codec import codec_from_spec
 from diffussm.config import Config, SampleConfig, to_dict
+from diffussm.data.cache import ShardCache
 from diffussm.data.index import Index
 from diffussm.data.order import SampleOrder
 from diffussm.data.reader import SampleReader
@@ -63,11 +64,21 @@ class Trainer:
                 f"model.hourglass {config.model.hourglass} does not divide the {self.shape[1:]} positions: 1 does"
             )
         ds_config = complete_ds_config(ds_config, train, cluster)
-        order = SampleOrder(index.shard_counts, train.global_batch, train.seed)
+        data = config.data
+        cache = ShardCache(store, data.cache, round(data.cache_gib * 2**30)) if data.cache else None
+        share = train.global_batch // cluster.world_size
+        self.stream = LatentStream(
+            SampleReader(store, index, cache),
+            SampleOrder.of_index(index, train.global_batch, train.seed),
+            start_step=0,
+            positions=slice(cluster.rank * share, (cluster.rank + 1) * share),
+            collate=BatchMaker(config, index),
+        )
         found = cluster.from_main(self._find_checkpoint)
         self.images = checkpoint.load_meta(found)["images"] if found else 0
         if found:
             self._check_fit(found, int(ds_config.get("zero_optimization", {}).get("stage", 0)))
+            self.stream.load_state_dict(checkpoint.load_meta(found)["stream"])
         precision = torch.bfloat16 if ds_config["torch_autocast"]["enabled"] else torch.float32
         if train.ssm_backend == "auto":
             train.ssm_backend = self._choose_ssm_backend(found, ds_config["train_micro_batch_size_per_gpu"], precision)
@@ -90,14 +101,6 @@ class Trainer:
         if found:
             self.ema.load_state_dict(checkpoint.load_ema(found))
 
-        share = train.global_batch // cluster.world_size
-        self.stream = LatentStream(
-            SampleReader(store, index),
-            order,
-            start_step=self.images // train.global_batch,
-            positions=slice(cluster.rank * share, (cluster.rank + 1) * share),
-            collate=BatchMaker(config, index),
-        )
         self.losses: list[Tensor] = []  # of the micro-batches since the last record
         # an image costs its forward pass, and twice that for the backward; 2 FLOPs a MAC
         self.image_flops = 3 * 2 * sum(forward_macs(config.model, self.shape[0], math.prod(self.shape[1:])).values())
@@ -234,10 +237,12 @@ class Trainer:
             meta = {
                 "format": checkpoint.FORMAT,
                 "images": self.images,
+                "stream": self.stream.state_dict(),
                 "world_size": self.cluster.world_size,
                 "zero_stage": self.engine.zero_optimization_stage(),
                 "config": to_dict(self.config),
-                **self._identity(),
+                "channels": self.shape[0],
+                "num_classes": self.num_classes,
                 "class_names": self.index.class_names,
                 "codec": self.index.codec,
                 "latent_shape": list(self.shape),
@@ -267,10 +272,6 @@ class Trainer:
         if self.monitor:
             self.monitor.say(line)
 
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint and the run that goes on from it must have in common."""
-        return {"channels": self.shape[0], "num_classes": self.num_classes, "data_hash": self.index.hash}
-
     def _find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from. It is read as a whole to verify it: by one rank."""
         resume, folder = self.config.train.resume, self.run / "checkpoints"
@@ -295,13 +296,10 @@ class Trainer:
         """Raise UserError unless this run continues the checkpoint's exactly."""
         meta = checkpoint.load_meta(found)
         saved = meta["config"]
-        now = to_dict(self.config) | self._identity()
+        now = to_dict(self.config)
         for name, there, here in (
             ("model", saved["model"], now["model"]),
-            *((name, meta[name], here) for name, here in self._identity().items()),
             ("diffusion", saved["diffusion"], now["diffusion"]),
-            ("train.seed", saved["train"]["seed"], self.config.train.seed),
-            ("train.global_batch", saved["train"]["global_batch"], self.config.train.global_batch),
             ("world size", meta["world_size"], self.cluster.world_size),
             ("ZeRO stage", meta["zero_stage"], zero_stage),
         ):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from diffussm.data.index import Index
 from diffussm.data.order import SampleOrder, philox, random_permutation
+from diffussm.data.store import open_store
 from diffussm.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -115,19 +117,35 @@ def test_permutations_are_uniform() -> None:
 
 def test_the_order_is_what_it_was() -> None:
     """Checkpoints hold only the number of images seen: a later version must resume in the same order."""
-    order = SampleOrder([500, 700, 300], 8, seed=1234)
-    assert order.step_ids(0).tolist() == [1314, 500, 647, 713, 964, 1126, 232, 380]
-    assert order.step_ids(1_000_000, 2, 5).tolist() == [768, 847, 1038]
+    order = SampleOrder([500, 700, 300], 8, seed=1234, window=40)
+    assert order.step_ids(0).tolist() == [472, 1368, 538, 752, 916, 1116, 99, 284]
+    assert order.step_ids(1_000_000, 2, 5).tolist() == [752, 924, 1144]
+
+
+@pytest.mark.parametrize(("counts", "batch", "window"), LAYOUTS)
+def test_a_window_is_its_steps_side_by_side(counts: list[int], batch: int, window: int) -> None:
+    order = SampleOrder(counts, batch, seed=5, window=window)
+    for step in range(2 * order.steps_per_epoch + 1):
+        number, place = order.find(step)
+        ids = order.window_ids(number, 3, 9)
+        np.testing.assert_array_equal(ids[:, place], order.step_ids(step, 3, 9))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 63, 64, 127, 128, 129, 1000])
+def test_the_windows_of_an_epoch_are_equal(steps: int) -> None:
+    order = SampleOrder([steps * 4], 4, seed=0, window=64)
+    numbers = [order.find(step)[0] for step in range(2 * steps)]
+    assert numbers == sorted(numbers) and max(numbers) == 2 * order.windows_per_epoch - 1
+    sizes = np.bincount(numbers)
+    assert np.ptp(sizes) <= 1 and sizes.min() >= min(steps, 64) and sizes.max() < 128
+    assert [order.find(step)[1] for step in range(2 * steps)] == [n for size in sizes for n in range(size)]
+
+
+def test_windows_are_what_object_stores_serve_well(encoded: Path) -> None:
+    index = Index.load(open_store(encoded))  # 230 samples, of less than 4 MiB in all: one window
+    assert SampleOrder.of_index(index, 10, seed=0).windows_per_epoch == 1
 
 
 def test_too_few_samples() -> None:
     with pytest.raises(UserError, match="13 samples, fewer than one global batch of 14"):
         SampleOrder([10, 3], 14, seed=0)
-
-
-def test_seeking_in_a_large_set_is_fast() -> None:
-    counts = [4096] * 312 + [3215]
-    began = time.perf_counter()
-    ids = SampleOrder(counts, 256, seed=0).step_ids(2_345_678)
-    assert time.perf_counter() - began < 0.1
-    assert len(np.unique(ids)) == 256

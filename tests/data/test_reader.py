@@ -9,7 +9,7 @@ from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.index import Index
 from diffussm.data.reader import SampleReader
 from diffussm.data.sources import ArrayImages
-from diffussm.data.store import open_store
+from diffussm.data.store import LocalStore, open_store
 from diffussm.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -75,3 +75,58 @@ def test_a_shard_removed_after_opening_is_found(encoded: Path) -> None:
     (encoded / "shard-00000.tar").unlink()
     with pytest.raises(UserError, match=r"shard-00000\.tar: sample 00000-000007 is unreadable: No such file"):
         reader.read(np.array([7]))
+
+
+def test_runs_are_ranges_of_one_shard_in_turn(encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = open_reader(encoded)
+    everything = np.arange(230)
+    runs = reader.plan(everything)
+    assert [(run.shard, len(run.ids)) for run in runs] == [(0, 50), (1, 50), (2, 50), (3, 50), (4, 30)]
+    np.testing.assert_array_equal(np.concatenate([run.ids for run in runs]), everything)
+    stride = int(np.diff(reader.index.samples["offset"][:2])[0])
+    monkeypatch.setattr("diffussm.data.reader.RANGE_BYTES", 20 * stride)
+    parts = [len(run.ids) for run in reader.plan(everything)]
+    assert parts == [16, 17, 17] * 4 + [15, 15]  # equal parts, none longer
+    monkeypatch.setattr("diffussm.data.reader.GAP_BYTES", 3 * stride)
+    assert [run.ids.tolist() for run in reader.plan(np.array([0, 3, 9, 11]))] == [[0, 3], [9, 11]]
+    assert reader.plan(np.array([], np.int64)) == []
+
+
+def test_a_run_is_read_as_one_range_and_not_copied(encoded: Path) -> None:
+    reads = []
+
+    class Counted(LocalStore):
+        def read(self, name: str, *arguments: object) -> bytes:
+            reads.append(name)
+            return super().read(name, *arguments)
+
+    index = Index.load(open_store(encoded))
+    reader = SampleReader(Counted(encoded), index)
+    for ids, evenly_spaced in ((np.arange(50, 100), True), (np.array([51, 53, 58, 70]), False)):
+        [run] = reader.plan(ids)
+        moments = reader.read_run(run)
+        assert moments.flags.owndata is not evenly_spaced
+        np.testing.assert_array_equal(moments, reader.read(ids)[0])
+    assert reads == ["shard-00001.tar"] * 4
+
+
+def test_what_arrives_altered_or_short_is_read_again(encoded: Path) -> None:
+    damages = ["flip", "cut"]
+
+    class Noisy(LocalStore):
+        def read(self, name: str, *arguments: object) -> bytes:
+            data = bytearray(super().read(name, *arguments))
+            if damages:
+                if damages.pop() == "flip":
+                    data[3] ^= 1
+                else:
+                    del data[-1:]
+            return bytes(data)
+
+    store = open_store(encoded)
+    index = Index.load(store)
+    moments, _ = SampleReader(Noisy(encoded), index).read(np.arange(50))
+    np.testing.assert_array_equal(moments, SampleReader(store, index).read(np.arange(50))[0])
+    damages[:] = ["flip"] * 3
+    with pytest.raises(UserError, match=r"shard-00000\.tar: sample 00000-000000 is unreadable: its bytes have changed"):
+        SampleReader(Noisy(encoded), index).read(np.arange(50))

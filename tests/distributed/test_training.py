@@ -185,8 +185,8 @@ def test_many_ranks_refuse_with_one_line(trained, shades, tmp_path):
     ("overrides", "line"),
     [
         ({"model__width": 32}, "was saved with model"),
-        ({"train__global_batch": 16}, "was saved with train.global_batch 8, this run has 16"),
-        ({"train__seed": 1}, "was saved with train.seed 0, this run has 1"),
+        ({"train__global_batch": 16}, "was saved with global_batch 8, this run has 16"),
+        ({"train__seed": 1}, "was saved with seed 0, this run has 1"),
         ({"train__resume": "/nowhere"}, "exists: say auto, or choose another --run_dir"),
         ({}, "was saved with world size 2, this run has 1"),
     ],
