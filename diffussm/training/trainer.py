@@ -77,8 +77,8 @@ class Trainer:
         found = cluster.from_main(self._find_checkpoint)
         self.images = checkpoint.load_meta(found)["images"] if found else 0
         if found:
-            self._check_fit(found, int(ds_config.get("zero_optimization", {}).get("stage", 0)))
             self.stream.load_state_dict(checkpoint.load_meta(found)["stream"])
+            self._check_fit(found, int(ds_config.get("zero_optimization", {}).get("stage", 0)))
         precision = torch.bfloat16 if ds_config["torch_autocast"]["enabled"] else torch.float32
         if train.ssm_backend == "auto":
             train.ssm_backend = self._choose_ssm_backend(found, ds_config["train_micro_batch_size_per_gpu"], precision)

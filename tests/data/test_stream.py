@@ -119,11 +119,11 @@ def test_a_window_is_read_once_and_the_next_ahead(encoded: Path) -> None:
     fetched, enough = [], threading.Event()
 
     class Watched(SampleReader):
-        def read_run(self, run: Run) -> np.ndarray:
+        def read_run(self, run: Run, *arguments: np.ndarray) -> None:
             fetched.extend(run.ids.tolist())
             if len(fetched) == 140:
                 enough.set()
-            return super().read_run(run)
+            super().read_run(run, *arguments)
 
     with LatentStream(Watched(store, index), order, 0, slice(0, 20), keep) as stream:
         next(stream)
