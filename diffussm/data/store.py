@@ -14,7 +14,7 @@ from diffussm.errors import UserError
 from diffussm.files import atomic_path
 
 OPEN_FILES = 256  # kept open by one store; a process may usually hold 1024
-Buffer = bytes | memoryview
+Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
