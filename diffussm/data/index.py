@@ -145,7 +145,7 @@ def _parse(store: Store) -> Index:
     """`index.json` and its table as an Index; ValueError says what is wrong with them."""
     _check(store.stat(INDEX_NAME).size <= MAX_INDEX_BYTES, "it is absurdly large")
     content = store.read(INDEX_NAME)
-    table = json.loads(content)
+    table = json.loads(bytes(content))
     form = _get(table, "format", str)
     if form != FORMAT:
         raise UserError(f"{store}/{INDEX_NAME} is of format {form!r}, this version reads {FORMAT!r}: encode again")

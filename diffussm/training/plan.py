@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from diffussm.config import Config
+from diffussm.data.order import WINDOW_BYTES
 from diffussm.errors import UserError
 from diffussm.models.diffussm import ModelConfig
 from diffussm.models.macs import forward_macs, parameter_counts
@@ -319,6 +320,7 @@ class Plan:
             "mfu": mfu,
             "images_per_second": rate,
             "bytes_read_per_second": rate * sample_bytes,
+            "stream_bytes": 2 * 2 * WINDOW_BYTES * global_batch // self.ranks,  # two windows, of up to twice that
             "checkpoint_bytes": self.checkpoint_bytes(),
             "images": images,
             "steps": math.ceil(images / global_batch),

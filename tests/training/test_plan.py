@@ -251,6 +251,7 @@ def test_figures_of_the_papers_run():
     rate = 8 * 312e12 * 0.5 / (3 * 2 * 29 * 7.5 * 1024 * 1152**2)
     assert figures["images_per_second"] == pytest.approx(rate, rel=0.03)
     assert figures["bytes_read_per_second"] == 16_384 * figures["images_per_second"]
+    assert figures["stream_bytes"] == 32 * 16 << 20  # 32 images a rank, two windows of 4 to 8 MiB each
     assert figures["gpu_hours"] == pytest.approx(8 * 24 * figures["days"])
     assert figures["days"] == pytest.approx(660e6 / rate / 86_400, rel=0.03)
     assert figures["checkpoint_bytes"] == 20 * plan.parameters
