@@ -3,16 +3,16 @@
     python -m benchmarks.stream                    about 4 minutes on 2 cores
     python -m benchmarks.stream --quick            fewer samples and rounds
 
-A real S3 server (SeaweedFS) on this machine holds 20,000 samples of a 4 × 32 × 32 latent's moments, 16 KB each, in shards of
-500. Each candidate reads an epoch of them in batches of 256, by turns, in one process:
+A real S3 server (SeaweedFS) on this machine holds 20,000 samples of a 4 × 32 × 32 latent's moments, 16 KB each, in
+shards of 500. Each candidate reads an epoch of them in batches of 256, by turns, in one process:
 
 - ours from S3, and ours from a node's cache that is filled: whole, checked, in the order of training;
 - webdataset over a boto3 body, and over `pipe:aws s3 cp`, as its users write it: decoded, batched, unchecked;
-- local mmap: torch's DataLoader over one memory-mapped array in shuffled order. Of that array `batches at once` gathers a
-  batch by one call of numpy: no more than a copy.
+- local mmap: torch's DataLoader over one memory-mapped array in shuffled order; and, of that array, `batches at once`:
+  one call of numpy gathers a batch, which is no more than a copy.
 
-The server and the client share the cores, as no cluster does; the ratios hold for that. The AWS command line needs a
-botocore of its own, so it is installed into a folder of its own, build/aws.
+The server and the client share the cores, as they do in no cluster; the ratios hold for that. The AWS command line
+needs a botocore of its own, so it is installed into a folder of its own, build/aws.
 """
 
 from __future__ import annotations

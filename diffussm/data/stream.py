@@ -15,7 +15,7 @@ from diffussm.errors import UserError
 
 Batch = TypeVar("Batch")
 DEPTH = 4  # steps made ahead
-READERS = 8  # reads at once
+READERS = 4  # reads at once
 
 
 class LatentStream(Generic[Batch]):
