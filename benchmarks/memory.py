@@ -33,7 +33,7 @@ from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.config import parse
 from diffussm.data.encode import encode
 from diffussm.data.index import Index
-from diffussm.data.sources import ArrayImages
+from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
 from diffussm.errors import UserError, run_command
 from diffussm.training.plan import Plan

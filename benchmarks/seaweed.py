@@ -62,6 +62,12 @@ class Seaweed:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+        for port in self._ports.values():
+            for path in [
+                *Path("/tmp").glob(f"seaweedfs-*-{port}.sock"),
+                *Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock"),
+            ]:
+                path.unlink()
 
     def start(self) -> None:
         """Start the server, on the same ports and data as before, and wait until it answers."""
@@ -69,8 +75,9 @@ class Seaweed:
         command = [
             Path(sys.executable).with_name("weed"), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-dir=.",
             f"-master.port={ports['master']}", f"-volume.port={ports['volume']}", "-volume.max=200",
-            "-master.volumeSizeLimitMB=256", "-filer", f"-filer.port={ports['filer']}",
-            "-s3", f"-s3.port={ports['s3']}", "-s3.config=s3.json", "-s3.port.iceberg=0",
+            "-master.volumeSizeLimitMB=256", "-master.electionTimeout=1s", "-master.telemetry=false",
+            "-filer", f"-filer.port={ports['filer']}", "-s3", f"-s3.port={ports['s3']}", "-s3.config=s3.json",
+            "-s3.port.iceberg=0", "-s3.port.lance=0",
         ]  # fmt: skip
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(

@@ -37,7 +37,7 @@ from diffussm.config import Config, parse
 from diffussm.data.encode import encode
 from diffussm.data.order import SampleOrder
 from diffussm.data.reader import SampleReader
-from diffussm.data.sources import ArrayImages
+from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
 from diffussm.diffusion.losses import hybrid_loss
 from diffussm.errors import run_command

@@ -5,13 +5,14 @@ cd "$(dirname "$0")/.."
 python=${1:-python3}
 PATH=${PATH#"$PWD/.venv/bin:"} # never the interpreter of the .venv that is about to be replaced
 
-# DeepSpeed compiles its CPU communication with g++. The data set is the demo's. Both by apt where we may; the demo can
-# also download the data set.
+# DeepSpeed compiles its CPU communication with g++. The data set is the demo's. mpirun starts the encoder's ranks in the
+# tests. All by apt where we may; the demo can also download the data set.
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
     missing+=(python3-dev python3-venv)
 [ -d /usr/share/datasets/fashion-mnist ] || missing+=(dataset-fashion-mnist)
+command -v mpirun >/dev/null || missing+=(openmpi-bin)
 if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "setup: installing ${missing[*]}"
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } \

@@ -9,7 +9,7 @@ import runs
 
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.encode import encode
-from diffussm.data.sources import ArrayImages
+from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from diffussm.autoencoders.kl import AutoencoderKLCodec
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.errors import UserError
 
@@ -14,6 +15,7 @@ from diffussm.errors import UserError
 class Codec(Protocol):
     """Image ↔ latent. The model trains on and samples normalised latents: ``(stored mean - shift) * scale``."""
 
+    name: str
     latent_shape: tuple[int, int, int]  # [C, h, w] of one latent
     dtype: np.dtype  # of the stored moments
     posterior: bool  # True: moments are mean and log-variance, [2C, h, w]; False: they are the latent, [C, h, w]
@@ -32,21 +34,30 @@ class Codec(Protocol):
         """The name and configuration as JSON: its identity, and all that :func:`codec_from_spec` needs."""
         ...
 
+    def load(self) -> None:
+        """Load the weights now rather than when they are first needed.
 
-CODECS = {PixelCodec.name: PixelCodec}
+        Raises:
+            UserError: they are not to be had, or are others than those that encoded.
+        """
+        ...
 
 
-def codec_from_spec(spec: dict[str, Any]) -> Codec:
-    """The codec whose :meth:`Codec.spec` gave ``spec``.
+def codec_from_spec(spec: dict[str, Any], location: str | None = None) -> Codec:
+    """The codec whose :meth:`Codec.spec` gave ``spec``. No weights are loaded yet.
+
+    Args:
+        location: where the weights are now, if not where the spec says.
 
     Raises:
         UserError: the name is unknown, or the configuration is not one of that codec.
     """
     name = spec.get("name")
-    if not isinstance(name, str) or name not in CODECS:
-        raise UserError(f"unknown codec {name!r}: this version knows {', '.join(CODECS)}")
-    config = {key: value for key, value in spec.items() if key != "name"}
     try:
-        return CODECS[name](**config)
+        if name == PixelCodec.name:
+            return PixelCodec(**{key: value for key, value in spec.items() if key != "name"})
+        if name == AutoencoderKLCodec.name:
+            return AutoencoderKLCodec.from_spec(spec, location)
     except TypeError:
-        raise UserError(f"codec {name!r} does not take the configuration {config}") from None
+        raise UserError(f"codec {name!r} does not take the configuration {spec}") from None
+    raise UserError(f"unknown codec {name!r}: this version knows {PixelCodec.name}, {AutoencoderKLCodec.name}")

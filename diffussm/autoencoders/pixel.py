@@ -93,3 +93,6 @@ class PixelCodec:
     def spec(self) -> dict[str, Any]:
         """Name and configuration, for an index or a checkpoint."""
         return {"name": self.name, **asdict(self)}
+
+    def load(self) -> None:
+        """There are no weights."""

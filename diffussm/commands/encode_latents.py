@@ -7,89 +7,113 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
+from diffussm.autoencoders.codec import Codec
+from diffussm.autoencoders.kl import AutoencoderKLCodec
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.commands.common import Parser, emit_json
+from diffussm.commands.figures import data_figures, print_data_figures
 from diffussm.data.encode import SAMPLES_PER_SHARD, encode
 from diffussm.data.index import INDEX_NAME, Index
+from diffussm.data.normalisation import Statistics, spread_ids
 from diffussm.data.prepare import raw_folder
 from diffussm.data.reader import SampleReader
-from diffussm.data.sources import SOURCES, SPLITS
+from diffussm.data.records import RECORD_PREFIX
+from diffussm.data.sources import SOURCES, SPLITS, open_source
 from diffussm.data.store import Store, open_store
+from diffussm.training.workers import join
 
-CODECS = {"pixel": PixelCodec}
-STATISTICS_SAMPLES = 10_000  # read back, and so checked
+NOT_FOR = {"fashion-mnist": ("input", "classes"), "webdataset": ("split", "raw")}  # options that make no sense there
+CODECS = ("pixel", "autoencoder-kl")
+AUTOENCODER = "stabilityai/sd-vae-ft-ema"
+EXAMPLES = """\
+python tools/encode_latents.py --source fashion-mnist --codec pixel --out data/fashion32
+  python tools/encode_latents.py --source folder --input imagenet/train --size 256 --flip --out s3://bucket/imagenet256
+  torchrun --nproc-per-node 8 tools/encode_latents.py --source lsun --input church_lmdb --resize box --out data/church
+  mpirun -np 8 --bind-to none python tools/encode_latents.py --source webdataset --input s3://bucket/in --out data/x"""
 
 
 def main() -> None:
     arguments = parse_arguments()
-    raw = arguments.raw or raw_folder(arguments.out, arguments.source)
+    splits = [arguments.split] if arguments.split or arguments.source != "fashion-mnist" else SPLITS
     reports = []
-    for split in [arguments.split] if arguments.split else SPLITS:
-        store = open_store(arguments.out if arguments.split else f"{arguments.out}/{split}")
-        source = SOURCES[arguments.source](split, raw)
-        codec = CODECS[arguments.codec](*source.images.shape[1:])
-        there = store.exists(INDEX_NAME)
-        began = time.perf_counter()
-        index = encode(source, codec, store, arguments.samples_per_shard, arguments.seed)
-        speed = None if there else len(source) / (time.perf_counter() - began)
-        reports.append(describe(store, index, speed))
-        if arguments.json != "-":
-            print_report(reports[-1])
-    emit_json(arguments.json, reports)
+    with join() as workers:
+        for split in splits:
+            store = open_store(arguments.out if len(splits) == 1 else f"{arguments.out}/{split}")
+            source = open_source(
+                arguments.source, arguments.input, split=split, size=arguments.size, resize=arguments.resize,
+                raw=arguments.raw, classes=arguments.classes,
+            )  # fmt: skip
+            codec = open_codec(arguments, workers.local_rank)
+            begun, start = store.exists(INDEX_NAME) or store.list(RECORD_PREFIX), time.perf_counter()
+            index = encode(
+                source, codec, store, arguments.samples_per_shard, arguments.seed,
+                flip=arguments.flip, on_bad_image=arguments.on_bad_image, workers=workers,
+            )  # fmt: skip
+            if workers.rank == 0:
+                seconds = time.perf_counter() - start
+                reports.append(describe(store, index))
+                reports[-1]["images_per_second"] = None if begun else len(index) / seconds
+                if arguments.json != "-":
+                    print_data_figures(reports[-1])
+    if reports:
+        emit_json(arguments.json, reports)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        "Encode images into tar shards of latents with an index. A run that was interrupted is run again.",
-        "python tools/encode_latents.py --source fashion-mnist --codec pixel --out data/fashion32",
+        "Encode images into tar shards of latents with an index, by any number of processes. "
+        "What was interrupted is run again, by as many as you like, and goes on.",
+        EXAMPLES,
     )
-    parser.add_argument("--source", required=True, choices=SOURCES, help="the images")
-    parser.add_argument("--split", choices=SPLITS, help="one split, into OUT (default: each, into OUT/SPLIT)")
-    parser.add_argument("--codec", default="pixel", choices=CODECS, help="what encodes them (default: pixel)")
-    parser.add_argument("--out", required=True, help="folder for the shards and the index")
-    parser.add_argument(
-        "--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, metavar="N", help="(default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples' order (default: 0)")
-    parser.add_argument(
-        "--raw", type=Path, metavar="FOLDER", help="where its files are (default: SOURCE-raw beside OUT)"
-    )
+    add = parser.add_argument
+    add("--source", required=True, choices=SOURCES, help="what the images are")
+    add("--input", metavar="PATH", help="where they are: a folder, an LMDB, tars, or s3://bucket/prefix of tars")
+    add("--split", choices=SPLITS, help="of fashion-mnist: one split, into OUT (default: each, into OUT/SPLIT)")
+    add("--classes", type=int, metavar="N", help="of webdataset: how many classes its labels name")
+    add("--size", type=int, default=256, metavar="PIXELS", help="side of the square images (default: %(default)s)")
+    add("--resize", default="adm", choices=("adm", "box", "lanczos"), help="how they come to it (default: %(default)s)")
+    add("--codec", choices=CODECS, help="what encodes them (default: pixel for fashion-mnist, else autoencoder-kl)")
+    add("--autoencoder", default=AUTOENCODER, metavar="ID", help="hub id or folder (default: %(default)s)")
+    add("--dtype", default="float16", choices=("float16", "float32"), help="its latents are kept in (default: float16)")
+    add("--flip", action="store_true", help="also encode the mirror of each image: twice the samples")
+    add("--on-bad-image", default="stop", choices=("stop", "skip"), help="skip: leave it out, list it (default: stop)")
+    add("--out", required=True, help="folder or s3://bucket/prefix for the shards and the index")
+    add("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, metavar="N", help="(default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the samples' order (default: 0)")
+    add("--raw", type=Path, metavar="FOLDER", help="of fashion-mnist: where its files are (default: beside OUT)")
     parser.add_json_option()
     arguments = parser.parse_args()
-    if arguments.samples_per_shard < 1:
-        parser.error("--samples-per-shard must be at least 1")
+    for name in NOT_FOR.get(arguments.source, ("split", "raw", "classes")):
+        if getattr(arguments, name) is not None:
+            parser.error(f"--{name} does not go with --source {arguments.source}")
+    if arguments.source != "fashion-mnist" and not arguments.input:
+        parser.error(f"--source {arguments.source} needs --input: where the images are")
+    for option, value in (("--size", arguments.size), ("--samples-per-shard", arguments.samples_per_shard)):
+        if value < 1:
+            parser.error(f"{option} must be at least 1")
     if not 0 <= arguments.seed < 2**63:
         parser.error("--seed must be from 0 to 2^63 - 1")
+    if arguments.source == "fashion-mnist":
+        beside = "data/x" if "://" in arguments.out else arguments.out
+        arguments.raw = arguments.raw or raw_folder(beside, arguments.source)
+    arguments.codec = arguments.codec or CODECS[arguments.source != "fashion-mnist"]
     return arguments
 
 
-def describe(store: Store, index: Index, images_per_second: float | None) -> dict[str, Any]:
-    """The figures of an encoded data set; ``mean`` and ``std`` are per channel, of normalised latents."""
-    ids = np.linspace(0, len(index) - 1, min(len(index), STATISTICS_SAMPLES)).astype(np.int64)
-    moments, _ = SampleReader(store, index).read(ids)
-    means = moments[:, : index.latent_shape[0]].astype(np.float64)
-    latents = (means - index.shift) * index.scale
-    return {
-        "path": str(store),
-        "samples": len(index),
-        "shards": len(index.shards),
-        "bytes": sum(shard.size for shard in index.shards),
-        "images_per_second": images_per_second,
-        "latent_shape": list(index.latent_shape),
-        "mean": latents.mean((0, 2, 3)).tolist(),
-        "std": latents.std((0, 2, 3)).tolist(),
-    }
+def open_codec(arguments: argparse.Namespace, local_rank: int) -> Codec:
+    """The codec for images of the source, on this process's GPU where there is one."""
+    if arguments.codec == "pixel" and arguments.source == "fashion-mnist":
+        return PixelCodec(28, 28, 1)
+    if arguments.codec == "pixel":
+        return PixelCodec(arguments.size, arguments.size, 3, size=arguments.size + arguments.size % 2)
+    gpus = torch.cuda.device_count()
+    device = f"cuda:{local_rank % gpus}" if gpus else "cpu"
+    return AutoencoderKLCodec.open(arguments.autoencoder, arguments.size, arguments.dtype, device)
 
 
-def print_report(report: dict[str, Any]) -> None:
-    speed = report["images_per_second"]
-    print(report["path"])
-    print(f"  samples       {report['samples']:,}")
-    print(f"  shards        {report['shards']:,}")
-    print(f"  bytes         {report['bytes']:,}")
-    print(f"  images/s      {f'{speed:,.0f}' if speed else 'already encoded'}")
-    print(f"  latent        {'×'.join(map(str, report['latent_shape']))}, normalised, by channel:")
-    for name in ("mean", "std"):
-        print(f"    {name:11} {' '.join(f'{value:7.3f}' for value in report[name])}")
+def describe(store: Store, index: Index) -> dict[str, Any]:
+    """The data set's figures; latents are read back for them, and so checked."""
+    moments, _ = SampleReader(store, index).read(spread_ids(len(index)))
+    return data_figures(store, index, Statistics.of(moments, index.latent_shape[0]))

@@ -1,87 +1,182 @@
-"""Encode a set of images into shards and an index."""
+"""Encode a set of images into shards and an index: by many processes at once, in as many goes as it takes.
+
+Whoever is free claims the next shard, and leaves a record beside the finished one. So the store alone knows what there
+is: a run that was killed is run again, by any number of processes, and makes the other shards. In the end one process
+makes the index of the records. A shard's bytes depend on its images only, so that all objects come out the same however
+often the work was broken off.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
-from tqdm import tqdm
 
 from diffussm.autoencoders.codec import Codec
 from diffussm.data.index import INDEX_NAME, SHARD_PREFIX, Index, Shard, publish_index, shard_name
-from diffussm.data.order import ENCODING_ORDER, philox, random_permutation
+from diffussm.data.loading import LOADERS, load_ahead
+from diffussm.data.records import LeftOut, Record, load_record, refuse_another, remove_records, save_record
 from diffussm.data.shards import ShardBuilder
-from diffussm.data.sources import ImageSource
+from diffussm.data.sources.base import BadImage, ImageSource, Item
 from diffussm.data.store import Store
+from diffussm.data.workers import Alone, Progress, Workers
 from diffussm.errors import UserError
 
 SAMPLES_PER_SHARD = 4096
-BATCH = 256  # images encoded at once
+BAD_IMAGES_NAME = "bad-images.json"
 
 
 def encode(
-    source: ImageSource, codec: Codec, store: Store, samples_per_shard: int = SAMPLES_PER_SHARD, seed: int = 0
+    source: ImageSource,
+    codec: Codec,
+    store: Store,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    seed: int = 0,
+    *,
+    flip: bool = False,
+    on_bad_image: str = "stop",
+    workers: Workers | None = None,
 ) -> Index:
-    """Encode all of ``source`` into ``store``, in an order shuffled by ``seed``, and return the index.
+    """Encode all of ``source`` into ``store`` and return the index. If it is there already, nothing is done.
 
-    Shuffled, because sources come sorted by class and a training step takes its samples from few places. The result
-    is a function of the arguments: a run that was killed is simply run again, and several at once write the same
-    bytes. If it is there already, nothing is done.
+    Args:
+        seed: of the order of the images: sources come sorted by class, and a training step takes its samples from few
+            places.
+        flip: also encode each image's mirror, as a sample of its own in a shard of its own.
+        on_bad_image: ``stop`` at an image that cannot be decoded, or ``skip`` it: it is left out, listed in
+            ``bad-images.json`` and counted in the index.
+        workers: those who share the work; each calls this function with the same arguments.
 
     Raises:
-        UserError: ``store`` holds something else, complete or in part, or is damaged.
+        UserError: ``store`` holds something else, complete or in part, or is damaged; an image cannot be decoded; or
+            another process is lost.
     """
-    description = {
-        "name": source.name,
-        "count": len(source),
-        "sha256": source.fingerprint(),
-        "seed": seed,
-        "samples_per_shard": samples_per_shard,
-    }
+    workers = workers or Alone()
+    encoding = Encoding(source, codec, store, samples_per_shard, seed, flip, on_bad_image == "skip")
     if store.exists(INDEX_NAME):
         index = Index.load(store)
-        wanted = {**description, "codec": codec.spec()}
-        found = {**index.source, "codec": index.codec}
-        if different := [key for key in wanted if found.get(key) != wanted[key]]:
-            key = different[0]
-            raise UserError(
-                f"{store} already holds another encoding: its {key} is {found.get(key)}, not {wanted[key]}: "
-                f"choose another folder or delete this one"
-            )
-        print(f"{store}: already encoded, nothing to do", file=sys.stderr)
+        refuse_another(store, {**index.source, "codec": index.codec}, encoding.description)
+        if workers.rank == 0:
+            remove_records(store)  # left over where a run was killed after it had published the index
+            print(f"{store}: already encoded, nothing to do", file=sys.stderr)
         return index
-
-    starts = range(0, len(source), samples_per_shard)
-    names = [shard_name(number) for number in range(len(starts))]
-    if stray := set(store.list(SHARD_PREFIX)) - set(names):
-        raise UserError(
-            f"{store} holds {min(stray)}, which is not of this encoding: empty the folder or choose another"
-        )
-    order = random_permutation(philox(seed, ENCODING_ORDER), len(source))
-    shards, tables = [], []
-    refresh = 0.5 if sys.stderr.isatty() else 10
-    with tqdm(total=len(source), desc=f"encoding {store}", unit="image", mininterval=refresh) as bar:
-        for number, start in enumerate(starts):
-            name = names[number]
-            numbers = range(start, min(start + samples_per_shard, len(source)))
-            content, table = _encode_shard(number, source, codec, order, numbers, bar)
-            store.put(name, content)
-            shards.append(Shard(name, len(content), len(table), hashlib.sha256(content).hexdigest()))
-            tables.append(table)
-    publish_index(store, description, source.class_names, codec, shards, np.concatenate(tables))
+    encoding.refuse_strays()
+    with (
+        Progress(f"encoding {store}", encoding.shard_count, encoding.image_count, workers) as progress,
+        ThreadPoolExecutor(LOADERS, "images") as pool,
+    ):
+        while (number := progress.claim()) is not None:
+            encoding.finish_shard(number, pool, progress)
+            progress.add_shard()
+        if workers.rank == 0:
+            progress.wait_for_shards()
+            encoding.publish()
+            progress.announce_end()
+        else:
+            progress.wait_for_end()
     return Index.load(store)
 
 
-def _encode_shard(
-    shard: int, source: ImageSource, codec: Codec, order: np.ndarray, numbers: range, bar: tqdm
-) -> tuple[bytes, np.ndarray]:
-    """The bytes of one shard and its rows of the table; sample ``number`` is image ``order[number]``."""
-    builder = ShardBuilder(shard)
-    for start in range(numbers.start, numbers.stop, BATCH):
-        ids = order[start : min(start + BATCH, numbers.stop)]
-        images, labels = source.read(ids)
-        for moments, label in zip(codec.encode(images), labels.tolist(), strict=True):
-            builder.add(moments, label)
-        bar.update(len(ids))
-    return builder.finish()
+class Encoding:
+    """What is to be encoded, how, and where to.
+
+    Attributes:
+        description: all that the result depends on, as JSON: two encodings that agree in it are the same.
+        shard_count: of all shards; with mirrors the second half are theirs.
+        image_count: of all images, mirrors included; None where the source does not know.
+    """
+
+    def __init__(
+        self, source: ImageSource, codec: Codec, store: Store, samples_per_shard: int, seed: int, flip: bool, skip: bool
+    ) -> None:
+        self._source, self._codec, self._store, self._skip = source, codec, store, skip
+        self._parts = source.parts(samples_per_shard, seed)
+        self.shard_count = len(self._parts) * (2 if flip else 1)
+        self.image_count = None if source.count is None else source.count * (2 if flip else 1)
+        self.description = {
+            "name": source.name,
+            "fingerprint": source.fingerprint(),
+            "codec": codec.spec(),
+            "seed": seed,
+            "samples_per_shard": samples_per_shard,
+            "flip": flip,
+        }
+
+    def refuse_strays(self) -> None:
+        """UserError where the store holds a shard that is not one of ours."""
+        strays = set(self._store.list(SHARD_PREFIX)) - {shard_name(number) for number in range(self.shard_count)}
+        if strays:
+            raise UserError(
+                f"{self._store} holds {min(strays)}, which is not of this encoding: empty the folder or choose another"
+            )
+
+    def finish_shard(self, number: int, pool: ThreadPoolExecutor, progress: Progress) -> None:
+        """See to it that the shard and its record are in the store."""
+        record = load_record(self._store, number)
+        if record is None:
+            save_record(self._store, number, self._make_shard(number, pool, progress))
+        else:
+            refuse_another(self._store, record.description, self.description)
+            self._refuse_left_out(record.left_out)
+            progress.add_images(len(record.rows) + len(record.left_out))
+
+    def publish(self) -> None:
+        """Make the index of the records of all shards, and remove them."""
+        records = [load_record(self._store, number) for number in range(self.shard_count)]
+        if None not in records:
+            left_out = [asdict(bad) for record in records[: len(self._parts)] for bad in record.left_out]
+            rows = np.concatenate([record.rows for record in records])
+            if not len(rows):
+                raise UserError(f"{self._source.name} has no image that can be decoded, of {len(left_out)}")
+            if left_out:
+                self._store.put(BAD_IMAGES_NAME, (json.dumps(left_out, indent=1) + "\n").encode())
+            source = {key: value for key, value in self.description.items() if key != "codec"}
+            publish_index(
+                self._store,
+                {**source, "skipped": len(left_out)},
+                self._source.class_names,
+                self._codec,
+                [record.shard for record in records if record.shard],
+                rows,
+            )
+        elif not self._store.exists(INDEX_NAME):  # which another run, at work at the same time, has not published
+            raise UserError(f"{self._store}: the record of {shard_name(records.index(None))} is lost: encode again")
+        remove_records(self._store)
+
+    def _make_shard(self, number: int, pool: ThreadPoolExecutor, progress: Progress) -> Record:
+        mirrored, part = divmod(number, len(self._parts))
+        builder, left_out = ShardBuilder(number), []
+        for batch in load_ahead(self._parts[part](), pool):
+            left_out += [LeftOut(item.name, str(image)) for item, image in batch if isinstance(image, BadImage)]
+            self._refuse_left_out(left_out)
+            good = [(item, image) for item, image in batch if not isinstance(image, BadImage)]
+            if good:
+                items, images = zip(*good, strict=True)
+                self._add_samples(builder, items, np.stack([image[:, ::-1] if mirrored else image for image in images]))
+            progress.add_images(len(batch))
+        content, rows = builder.finish()
+        if not len(rows):
+            return Record(self.description, None, rows, left_out)
+        name = shard_name(number)
+        etag = self._store.put(name, content).etag
+        shard = Shard(name, len(content), len(rows), hashlib.sha256(content).hexdigest(), etag)
+        return Record(self.description, shard, rows, left_out)
+
+    def _add_samples(self, builder: ShardBuilder, items: Iterable[Item], images: np.ndarray) -> None:
+        for item, moments in zip(items, self._codec.encode(images), strict=True):
+            if not np.isfinite(moments).all():
+                raise UserError(f"{item.name} has a latent that is not finite: the autoencoder does not suit it")
+            builder.add(moments, item.label)
+
+    def _refuse_left_out(self, left_out: list[LeftOut]) -> None:
+        if left_out and not self._skip:
+            first, count = left_out[0], len(left_out)
+            raise UserError(
+                f"{first.name} cannot be decoded: {first.problem} ({count} such so far in its shard): mend it or leave "
+                f"such images out with --on-bad-image skip; finished shards are kept"
+            )

@@ -54,6 +54,10 @@ class Shard:
     sha256: str
     etag: str | None = None
 
+    def key(self, place: int) -> str:
+        """Of its sample number ``place``. Its name has its number: shards without a sound image are left out."""
+        return sample_key(int(re.sub(r"\D", "", self.name.removeprefix(SHARD_PREFIX)) or 0), place)
+
 
 @dataclass(frozen=True, eq=False)
 class Index:
@@ -89,11 +93,11 @@ class Index:
         return np.array([shard.count for shard in self.shards], np.int64)
 
     @classmethod
-    def load(cls, store: Store) -> Index:
-        """Read and check the index, and that every shard is there at its full size. No sample is read.
+    def read(cls, store: Store) -> Index:
+        """Read and check the index, whatever there is of its shards.
 
         Raises:
-            UserError: there is no index, or it or a shard is damaged.
+            UserError: there is no index, or it is damaged.
         """
         if not store.exists(INDEX_NAME):
             raise UserError(
@@ -101,9 +105,18 @@ class Index:
                 f"run tools/encode_latents.py --out {store}"
             )
         try:
-            index = _parse(store)
+            return _parse(store)
         except (ValueError, RecursionError, FileNotFoundError) as error:
             raise UserError(f"{store}/{INDEX_NAME} is damaged: {error}: {AGAIN}") from error
+
+    @classmethod
+    def load(cls, store: Store) -> Index:
+        """Read and check the index, and that every shard is there at its full size. No sample is read.
+
+        Raises:
+            UserError: there is no index, or it or a shard is damaged.
+        """
+        index = cls.read(store)
         there = store.list(SHARD_PREFIX)
         for shard in index.shards:
             if shard.name not in there:

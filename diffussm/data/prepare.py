@@ -7,9 +7,12 @@ from pathlib import Path
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.encode import encode
 from diffussm.data.index import INDEX_NAME, Index
-from diffussm.data.sources import SOURCES, SPLITS
+from diffussm.data.sources import SPLITS
+from diffussm.data.sources.fashion_mnist import load_fashion_mnist
 from diffussm.data.store import open_store
 from diffussm.errors import UserError
+
+PREPARABLE = {"fashion-mnist": load_fashion_mnist}
 
 
 def prepare(name: str, path: str | Path) -> None:
@@ -20,8 +23,8 @@ def prepare(name: str, path: str | Path) -> None:
     Raises:
         UserError: the name is unknown, the images can be had nowhere, or ``path`` holds another data set.
     """
-    if name not in SOURCES:
-        raise UserError(f"unknown data set {name!r}: this version can prepare {', '.join(SOURCES)}")
+    if name not in PREPARABLE:
+        raise UserError(f"unknown data set {name!r}: this version can prepare {', '.join(PREPARABLE)}")
     for split in SPLITS:
         store = open_store(f"{path}/{split}")
         if store.exists(INDEX_NAME):
@@ -29,7 +32,7 @@ def prepare(name: str, path: str | Path) -> None:
             if found != f"{name}/{split}":
                 raise UserError(f"{store} holds {found}, not {name}/{split}: choose another folder")
             continue
-        source = SOURCES[name](split, raw_folder(path, name))
+        source = PREPARABLE[name](split, raw_folder(path, name))
         encode(source, PixelCodec(*source.images.shape[1:]), store)
 
 

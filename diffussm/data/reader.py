@@ -11,7 +11,7 @@ import numpy as np
 from isal import isal_zlib  # the same crc32 as zlib, three times as fast
 
 from diffussm.data.cache import ShardCache
-from diffussm.data.index import Index, sample_key
+from diffussm.data.index import Index
 from diffussm.data.store import Buffer, Store
 from diffussm.errors import UserError
 
@@ -110,7 +110,8 @@ class SampleReader:
             raise self._damaged(run.shard, run.ids[0], error.strerror or str(error)) from error
 
     def _key(self, shard: int, number: int) -> str:
-        return sample_key(shard, number - self._shard_ends[shard] + self.index.shards[shard].count)
+        entry = self.index.shards[shard]
+        return entry.key(int(number - self._shard_ends[shard]) + entry.count)
 
     def _shards_of(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) and not 0 <= ids.min() <= ids.max() < len(self.index):

@@ -2,61 +2,56 @@
 
 from __future__ import annotations
 
-import re
-import threading
-import uuid
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from botocore.client import BaseClient
-from botocore.exceptions import ClientError
-
-from diffussm.data.s3_errors import Incomplete, code_of
 from diffussm.data.s3_requests import Patience, Requests
+from diffussm.data.s3_transfer import Download, Upload, etag_of, head
 from diffussm.data.store import Stat, checked_name
 from diffussm.errors import UserError
-
-PIECE_BYTES = 256 << 10  # taken from a connection at once
-PARTS_FROM = 64 << 20  # an object of so many bytes is sent in parts
-PART_BYTES = 16 << 20
-MOST_PARTS = 10_000  # S3's own limit
-PART_THREADS = 4
-TOKEN = "diffussm-put"  # metadata by which a conditional put knows its own object again
 
 
 class S3Store:
     """The objects of a bucket whose keys begin with ``prefix/``.
 
-    Credentials, region and endpoint come from the usual AWS settings, anew in each process and when they have expired.
-    Trouble that may pass is waited out for DIFFUSSM_S3_DEADLINE seconds (120) without a byte, and no longer than that
-    plus a second for every 100 kB of the object.
+    Credentials, region and endpoint come from the usual AWS settings, for each process anew, and again when the
+    credentials have expired. Trouble that may pass is waited out for DIFFUSSM_S3_DEADLINE seconds (120) without a byte,
+    and for no longer than that plus a second for every 100 kB asked for.
 
     Raises:
-        UserError: there is no bucket in the URL, or the deadline is not a positive number.
+        UserError: the URL has no bucket, or the deadline is not a positive number.
     """
 
     def __init__(self, bucket: str, prefix: str = "") -> None:
         if not bucket:
             raise UserError("an s3:// URL needs a bucket: s3://bucket/prefix")
         self._bucket = bucket
-        self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._root = f"{prefix.strip('/')}/".lstrip("/")
         self._requests = Requests()
 
     def __str__(self) -> str:
         return f"s3://{self._bucket}/{self._root}".rstrip("/")
 
     def read(self, name: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytearray:
+        place, patience = self._find(name)
         if length == 0:
-            self.stat(name)
+            self._requests.send(patience, lambda client: head(client, place))
             return bytearray()
-        patience = self._patience(name)
-        download = _Download(self._place(name), start, length, etag, patience)
-        return self._requests.send(patience, download.go_on)
+        return self._requests.send(patience, Download(place, start, length, etag, patience).go_on)
 
     def stat(self, name: str) -> Stat:
-        return _stat(self._requests.send(self._patience(name), lambda client: _head(client, self._place(name))))
+        place, patience = self._find(name)
+        answer = self._requests.send(patience, lambda client: head(client, place))
+        return Stat(answer["ContentLength"], etag_of(answer))
+
+    def put(self, name: str, content: bytes | Path, if_absent: bool = False) -> Stat:
+        place, patience = self._find(name)
+        return Upload(self._requests, place, patience.url, content, if_absent).run()
+
+    def delete(self, name: str) -> None:
+        place, patience = self._find(name)
+        with suppress(FileNotFoundError):
+            self._requests.send(patience, lambda client: client.delete_object(**place))
 
     def exists(self, name: str) -> bool:
         try:
@@ -65,20 +60,20 @@ class S3Store:
             return False
         return True
 
-    def delete(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            self._requests.send(self._patience(name), lambda client: client.delete_object(**self._place(name)))
-
     def list(self, prefix: str = "") -> dict[str, Stat]:
-        patience = Patience(str(self), self._requests.seconds)
-        found: dict[str, Stat] = {}
         query = {"Bucket": self._bucket, "Prefix": self._root + prefix}
+        found: dict[str, Stat] = {}
         while True:
-            page = self._requests.send(patience, lambda client: client.list_objects_v2(**query))
             patience = Patience(str(self), self._requests.seconds)
+            page = self._requests.send(patience, lambda client: client.list_objects_v2(**query))
             for entry in page.get("Contents", []):
-                if not entry["Key"].endswith("/"):  # consoles keep empty folders as such objects
-                    found[entry["Key"][len(self._root) :]] = Stat(entry["Size"], entry["ETag"].strip('"'))
-            if not page.get("IsTruncated"):
+                if not entry["Key"].endswith("/"):  # consoles keep folders as such objects
+                    found[entry["Key"].removeprefix(self._root)] = Stat(entry["Size"], etag_of(entry))
+            if not page["IsTruncated"]:
                 return dict(sorted(found.items()))
             query["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _find(self, name: str) -> tuple[dict[str, str], Patience]:
+        """Where an object is, as requests say it; and the patience for one request."""
+        key = f"{self._root}{checked_name(self, name)}"
+        return {"Bucket": self._bucket, "Key": key}, Patience(f"s3://{self._bucket}/{key}", self._requests.seconds)

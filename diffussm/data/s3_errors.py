@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -18,10 +19,10 @@ from botocore.exceptions import (
     CredentialRetrievalError,
     HTTPClientError,
     NoCredentialsError,
+    ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
     ReadTimeoutError,
-    SSLError,
     SSOError,
     TokenRetrievalError,
 )
@@ -35,19 +36,24 @@ PASSING_CODES = {
     "InvalidRange",  # of what an earlier answer said is there
 }  # fmt: skip
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
-ADVICE = {  # by the code of a refusal; it fits "BUCKET/KEY: ADVICE"
+KEY_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidTokenId"}
+BAD_NAME = "this cannot be the name of a bucket or an object: look at the URL"
+BAD_REGION = "the bucket is of another region: look at AWS_REGION"
+ADVICE = {  # by the code of a refusal
     "InvalidAccessKeyId": "the server does not know the access key: look at AWS_ACCESS_KEY_ID or AWS_PROFILE",
     "SignatureDoesNotMatch": "the secret key does not belong to the access key: look at AWS_SECRET_ACCESS_KEY or "
     "AWS_PROFILE",
     "InvalidToken": "the session token is not valid: look at AWS_SESSION_TOKEN, and unset it if the keys need none",
+    "InvalidTokenId": "the session token is not valid: look at AWS_SESSION_TOKEN, and unset it if the keys need none",
     "AccessDenied": "access is denied: have s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket allowed for "
     "these credentials, or choose others by AWS_PROFILE",
     "NoSuchBucket": "there is no such bucket: create it, or look at its name and AWS_ENDPOINT_URL",
-    "InvalidBucketName": "this cannot be the name of a bucket: look at the URL",
-    "AuthorizationHeaderMalformed": "the bucket is of another region: look at AWS_REGION",
-    "PermanentRedirect": "the bucket is of another region: look at AWS_REGION",
-    "IllegalLocationConstraintException": "the bucket is of another region: look at AWS_REGION",
-    "NotImplemented": "the server cannot do what is asked of it: use one with conditional writes and multipart uploads",
+    "InvalidBucketName": BAD_NAME,
+    "KeyTooLongError": BAD_NAME,
+    "AuthorizationHeaderMalformed": BAD_REGION,
+    "PermanentRedirect": BAD_REGION,
+    "IllegalLocationConstraintException": BAD_REGION,
+    "NoSuchUpload": "somebody else has ended this upload: look at the bucket's rules about unfinished ones",
 }
 CREDENTIAL_ERRORS = (
     NoCredentialsError,
@@ -90,49 +96,56 @@ def trouble(error: Exception, url: str, client: BaseClient | None, worked: bool)
         Expired: new credentials may help.
         UserError: trying again cannot help.
     """
+    if isinstance(error, Incomplete):
+        return str(error)
     if isinstance(error, ClientError):
-        return _refusal(error, url)
+        return _refusal(error, url, worked)
     if isinstance(error, CREDENTIAL_ERRORS):
         problem = _credential_problem(error)
         if worked:
             raise Expired(problem) from error
         raise UserError(f"{url}: {problem}") from error
-    if isinstance(error, Incomplete):
-        return str(error)
+    if isinstance(error, ParamValidationError):
+        raise UserError(f"{url}: {BAD_NAME}") from error
     host = urlsplit(client.meta.endpoint_url).netloc.rpartition("@")[2] if client else "the server"
-    if isinstance(error, SSLError | urllib3.exceptions.SSLError):
-        if worked:
-            return f"the encrypted connection to {host} failed"
-        raise UserError(
-            f"{url}: no encrypted connection to {host}: look at AWS_ENDPOINT_URL (http or https) and AWS_CA_BUNDLE"
-        ) from error
     if isinstance(error, ConnectTimeoutError):
-        return f"no connection to {host} came about in time"
+        return f"no connection to {host} in time"
     if isinstance(error, ReadTimeoutError | urllib3.exceptions.ReadTimeoutError):
         return f"{host} fell silent"
     if isinstance(error, ConnectionError | HTTPClientError | urllib3.exceptions.HTTPError):
-        reason = next((e for e in _chain(error) if isinstance(e, OSError) and e.strerror), None)
-        if isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME and not worked:
-            raise UserError(f"{url}: there is no host {host}: look at AWS_ENDPOINT_URL and AWS_REGION") from error
-        return f"no connection to {host}: {reason.strerror}" if reason else f"{host} closed the connection"
-    raise UserError(f"{url}: the AWS settings do not fit: {type(error).__name__}: look at the URL and AWS_*") from error
+        return _connection_problem(error, url, host, worked)
+    raise UserError(f"{url}: the AWS settings do not fit each other ({type(error).__name__}): look at them") from error
 
 
-def _refusal(error: ClientError, url: str) -> str:
+def _refusal(error: ClientError, url: str, worked: bool) -> str:
     code = code_of(error)
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code in ("NoSuchKey", "404", "NotFound"):
+    status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+    if code in ("NoSuchKey", "404"):
         raise FileNotFoundError(errno.ENOENT, "No such object", url) from error
+    if status == 412:
+        raise FileExistsError(errno.EEXIST, "Object exists", url) from error
     if code in EXPIRED_CODES:
         raise Expired(f"the credentials have expired ({code}): renew them") from error
     if code == "RequestTimeTooSkewed":
-        return "the clock of this machine is not the server's (RequestTimeTooSkewed): set it"
+        return "the clocks of this machine and the server differ: set this machine's"
     if code in PASSING_CODES or status in PASSING_STATUS:
-        return f"the server answered {status} {code}".rstrip()
-    if status == 412:
-        raise FileExistsError(errno.EEXIST, "Object exists", url) from error
-    advice = ADVICE.get(code) or ADVICE["AccessDenied" if status == 403 else code or "NotImplemented"]
+        return f"the server answered {status} {code}"
+    advice = ADVICE.get(code) or (ADVICE["AccessDenied"] if status == 403 else f"the server refuses: {status} {code}")
+    if worked and code in KEY_CODES:
+        raise Expired(advice) from error
     raise UserError(f"{url}: {advice}") from error
+
+
+def _connection_problem(error: Exception, url: str, host: str, worked: bool) -> str:
+    reasons = [cause for cause in _chain(error) if isinstance(cause, OSError) and cause.strerror]
+    for reason in reasons if not worked else []:
+        if isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
+            raise UserError(f"{url}: there is no host {host}: look at AWS_ENDPOINT_URL and AWS_REGION") from error
+        if isinstance(reason, ssl.SSLCertVerificationError) or getattr(reason, "reason", "") == "WRONG_VERSION_NUMBER":
+            raise UserError(
+                f"{url}: no encrypted connection to {host}: look at AWS_ENDPOINT_URL (http or https) and AWS_CA_BUNDLE"
+            ) from error
+    return f"no connection to {host}: {reasons[0].strerror}" if reasons else f"{host} closed the connection"
 
 
 def _credential_problem(error: Exception) -> str:

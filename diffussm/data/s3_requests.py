@@ -60,7 +60,7 @@ class Patience:
         self._seconds = seconds + upload / SLOWEST
         self._whole = self._seconds
         self._begin = self._progress = time.monotonic()
-        self._tries = self._tries_in_vain = 0
+        self._tries, self._in_vain = 1, 0
 
     def expect(self, size: int) -> None:
         """The answer will have ``size`` bytes."""
@@ -72,7 +72,7 @@ class Patience:
         Raises:
             UserError: they come too slowly.
         """
-        self._progress, self._tries_in_vain = time.monotonic(), 0
+        self._progress, self._in_vain = time.monotonic(), 0
         if self._progress - self._begin > self._whole:
             self._give_up(f"less than {SLOWEST // 1000} kB a second arrive")
 
@@ -82,22 +82,22 @@ class Patience:
         Raises:
             UserError: the time is up.
         """
-        self._tries += 1
-        pause = min(FIRST_PAUSE * 2**self._tries_in_vain, LONGEST_PAUSE) * _jitter.uniform(0.5, 1)
-        self._tries_in_vain = min(self._tries_in_vain + 1, 30)
         now = time.monotonic()
         end = min(self._progress + self._seconds, self._begin + self._whole)
         if now >= end:
             self._give_up(problem)
         if now - self._progress > SAY_AFTER:
-            _say(f"{self.url}: {problem}; tried {self._tries} times, for {end - now:.0f} s more")
+            _say(f"{self.url}: {problem}: try {self._tries} failed, trying on for {end - now:.0f} s")
+        pause = min(FIRST_PAUSE * 2**self._in_vain, LONGEST_PAUSE) * _jitter.uniform(0.5, 1)
+        self._tries += 1
+        self._in_vain = min(self._in_vain + 1, 30)
         time.sleep(min(pause, end - now))
 
     def _give_up(self, problem: str) -> None:
-        seconds, tries = time.monotonic() - self._begin, self._tries
+        seconds = time.monotonic() - self._begin
         raise UserError(
-            f"{self.url}: {problem}: given up after {seconds:.0f} s and {tries} {'try' if tries == 1 else 'tries'}: "
-            f"look at the server and the network, start again, or wait longer by {DEADLINE_NAME} (seconds)"
+            f"{self.url}: {problem}: given up at try {self._tries}, after {seconds:.0f} s: look at the server and the "
+            f"network and start again, or have more patience by {DEADLINE_NAME} (seconds)"
         )
 
 
@@ -118,9 +118,9 @@ class Requests:
         client = None
         while True:
             try:
-                client = process.client(expired=None)
+                client = process.client()
                 answer = request(client)
-            except (*REQUEST_ERRORS, Incomplete, ValueError) as error:
+            except (*REQUEST_ERRORS, Incomplete) as error:
                 try:
                     problem = trouble(error, patience.url, client, process.worked)
                 except Expired as expired:
@@ -154,8 +154,11 @@ class _Process:
 
 
 def make_client() -> BaseClient:
-    """A client by the usual AWS settings. It tries everything once."""
-    session = boto3.session.Session()
+    """A client by the usual AWS settings. It tries everything once.
+
+    Raises:
+        UserError: the endpoint is not a URL.
+    """
     config = Config(
         connect_timeout=CONNECT_TIMEOUT,
         read_timeout=READ_TIMEOUT,
@@ -164,8 +167,12 @@ def make_client() -> BaseClient:
         tcp_keepalive=True,
         response_checksum_validation="when_required",  # there are none of a range; samples have their crc32
     )
+    session = boto3.session.Session()
     region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
-    return session.client("s3", region_name=region, config=config)
+    try:
+        return session.client("s3", region_name=region, config=config)
+    except ValueError as error:
+        raise UserError("the S3 endpoint is not a URL such as https://host:9000: look at AWS_ENDPOINT_URL") from error
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -141,7 +142,8 @@ class LocalStore:
             for path in (Path(folder, name) for name in files if name[0] != "."):
                 name = path.relative_to(self._root).as_posix()
                 if name.startswith(prefix):
-                    found[name] = self.stat(name)
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                        found[name] = self.stat(name)
         return dict(sorted(found.items()))
 
     def _path(self, name: str) -> Path:

@@ -76,7 +76,7 @@ def connect() -> Cluster:
             "MASTER_PORT": "0",
         }
     elif "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:  # torchrun's child, or deepspeed's
-        _end_with_the_launcher()
+        end_with_the_launcher()
     for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(f"the launcher set RANK but not {name}: start with deepspeed or torchrun, or export it")
@@ -97,7 +97,7 @@ def connect() -> Cluster:
     return Cluster(rank, world_size, local_rank, device)
 
 
-def _end_with_the_launcher() -> None:
+def end_with_the_launcher() -> None:
     """Have the system end this process when its launcher is killed: a rank left over would go on writing."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1

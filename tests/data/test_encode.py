@@ -1,24 +1,26 @@
 from __future__ import annotations
 
-import itertools
+import json
 import multiprocessing
 import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data import prepare as prepare_module
 from diffussm.data.encode import encode
 from diffussm.data.index import Index
 from diffussm.data.prepare import prepare
-from diffussm.data.sources import ArrayImages
+from diffussm.data.reader import SampleReader
+from diffussm.data.sources.base import ArrayImages, BadImage, Item
 from diffussm.data.store import open_store
 from diffussm.errors import UserError
 
@@ -29,19 +31,47 @@ fork = multiprocessing.get_context("fork")
 
 @dataclass(frozen=True, eq=False)
 class SlowImages(ArrayImages):
-    """Takes its time, and for ever from the batch numbered ``stall`` on, so that a test can interrupt it."""
+    """Takes its time, and for ever from the shard numbered ``stall`` on, so that a test can interrupt it."""
 
     stall: int
-    batches: Iterator[int] = field(default_factory=itertools.count)
 
-    def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        time.sleep(0.01 if next(self.batches) < self.stall else 600)
-        return super().read(ids)
+    def parts(self, samples_per_shard: int, seed: int) -> list[Callable[[], Iterable[Item]]]:
+        def slow(number: int, part: Callable[[], Iterable[Item]]) -> Iterable[Item]:
+            time.sleep(0.01 if number < self.stall else 600)
+            return part()
+
+        parts = super().parts(samples_per_shard, seed)
+        return [lambda number=number, part=part: slow(number, part) for number, part in enumerate(parts)]
+
+
+@dataclass(frozen=True, eq=False)
+class DamagedImages(ArrayImages):
+    """Some cannot be decoded."""
+
+    bad: frozenset[int]  # by their label, which is their number
+
+    def parts(self, samples_per_shard: int, seed: int) -> list[Callable[[], Iterable[Item]]]:
+        def load(item: Item) -> np.ndarray:
+            if item.label in self.bad:
+                raise BadImage(f"image {item.label} is torn")
+            return item.load()
+
+        def damaged(part: Callable[[], Iterable[Item]]) -> Iterable[Item]:
+            for item in part():
+                yield replace(item, name=f"{item.label}.jpg", load=lambda item=item: load(item))
+
+        return [lambda part=part: damaged(part) for part in super().parts(samples_per_shard, seed)]
+
+
+def damaged(images: ArrayImages, *bad: int) -> DamagedImages:
+    """The images with those numbered ``bad`` damaged; each is a class of its own."""
+    names = [str(number) for number in range(len(images.images))]
+    return DamagedImages("torn", names, images.images, np.arange(len(names)), frozenset(bad))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     store = open_store(folder)
-    return {name: store.read(name) for name in store.list()}
+    return {name: bytes(store.read(name)) for name in store.list()}
 
 
 def encode_in_shards_of_ten(images: ArrayImages, codec: PixelCodec, folder: Path) -> None:
@@ -109,7 +139,7 @@ def test_another_encoding_is_never_overwritten(images: ArrayImages, codec: Pixel
     store = open_store(encoded)
     with pytest.raises(UserError, match=r"another encoding: its name is noise/train, not noise/test"):
         encode(replace(images, name="noise/test"), codec, store, 50, 3)
-    with pytest.raises(UserError, match=r"another encoding: its sha256 is"):
+    with pytest.raises(UserError, match=r"another encoding: its fingerprint is"):
         encode(replace(images, images=images.images[::-1]), codec, store, 50, 3)
     with pytest.raises(UserError, match=r"another encoding: its codec is"):
         encode(images, PixelCodec(6, 8, 1, size=10), store, 50, 3)
@@ -127,6 +157,123 @@ def test_shards_of_an_unfinished_other_encoding_are_not_mixed_in(
         encode(images, codec, open_store(encoded), samples_per_shard=100)
 
 
+def test_an_unfinished_other_encoding_is_refused(images: ArrayImages, codec: PixelCodec, tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    broken = damaged(images, 229)
+    with pytest.raises(UserError, match="image 229 is torn"):
+        encode(broken, codec, store, 10)
+    assert store.list("finished-")
+    with pytest.raises(UserError, match="another encoding: its seed is 0, not 1: choose another folder or delete this"):
+        encode(broken, codec, store, 10, 1)
+
+
+def test_a_mirror_is_a_sample_of_its_own(images: ArrayImages, codec: PixelCodec, tmp_path: Path) -> None:
+    index = encode(images, codec, open_store(tmp_path), 50, 3, flip=True)
+    assert index.shard_counts.tolist() == [50, 50, 50, 50, 30] * 2
+    moments, labels = SampleReader(open_store(tmp_path), index).read(np.arange(460))
+    decoded = codec.decode((torch.from_numpy(moments).float() - index.shift) * index.scale)
+    np.testing.assert_array_equal(decoded[230:], decoded[:230, :, ::-1])
+    np.testing.assert_array_equal(labels[230:], labels[:230])
+
+
+def test_the_first_shards_are_the_same_with_mirrors(
+    images: ArrayImages, codec: PixelCodec, encoded: Path, tmp_path: Path
+) -> None:
+    encode(images, codec, open_store(tmp_path / "flip"), 50, 3, flip=True)
+    for name in ("shard-00000.tar", "shard-00004.tar"):
+        assert (tmp_path / "flip" / name).read_bytes() == (encoded / name).read_bytes()
+
+
+def test_a_bad_image_stops_the_encoding(images: ArrayImages, codec: PixelCodec, tmp_path: Path) -> None:
+    line = r"(17|99)\.jpg cannot be decoded: image \d\d is torn \(\d such so far in its shard\): .*--on-bad-image skip"
+    with pytest.raises(UserError, match=line):
+        encode(damaged(images, 17, 99), codec, open_store(tmp_path), 50)
+    assert not (tmp_path / "index.json").exists()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_bad_images_are_left_out_and_listed(flip: bool, images: ArrayImages, codec: PixelCodec, tmp_path: Path) -> None:
+    """Also where the encoding first stopped at one: what it had finished is kept."""
+    a, b, sound = (open_store(tmp_path / name) for name in ("a", "b", "sound"))
+    source = damaged(images, 17, 99)
+    with pytest.raises(UserError, match="is torn"):
+        encode(source, codec, b, 50, flip=flip)
+    for store in (a, b):
+        index = encode(source, codec, store, 50, flip=flip, on_bad_image="skip")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    truth = encode(damaged(images), codec, sound, 50, flip=flip)
+    expected = [label for label in truth.samples["label"].tolist() if label not in (17, 99)]
+    assert index.samples["label"].tolist() == expected and index.source["skipped"] == 2
+    listed = json.loads(a.read("bad-images.json"))
+    assert sorted(listed, key=str) == [
+        {"name": f"{number}.jpg", "problem": f"image {number} is torn"} for number in (17, 99)
+    ]
+    originals = len(index) // (2 if flip else 1)
+    moments, labels = SampleReader(a, index).read(np.arange(originals))
+    np.testing.assert_array_equal(moments, codec.encode(images.images[labels]))
+    same = [s for s in truth.shards if a.read(s.name) == sound.read(s.name)]
+    assert len(same) >= (6 if flip else 3)
+
+
+def test_a_shard_without_any_good_image_is_left_out(images: ArrayImages, codec: PixelCodec, tmp_path: Path) -> None:
+    truth = encode(damaged(images), codec, open_store(tmp_path / "sound"), 50)
+    bad = truth.samples["label"][50:100].tolist()
+    index = encode(damaged(images, *bad), codec, open_store(tmp_path / "torn"), 50, on_bad_image="skip")
+    assert [shard.name for shard in index.shards] == [f"shard-0000{number}.tar" for number in (0, 2, 3, 4)]
+    assert len(index) == 180 and index.source["skipped"] == 50
+    with pytest.raises(UserError, match="torn has no image that can be decoded, of 230"):
+        encode(damaged(images, *range(230)), codec, open_store(tmp_path / "all"), 50, on_bad_image="skip")
+
+
+def test_what_was_lost_is_made_again(images: ArrayImages, codec: PixelCodec, encoded: Path, tmp_path: Path) -> None:
+    """A finished shard that is torn or gone, a record that is damaged; and records that a killed run left over."""
+    broken = tmp_path / "broken"
+    with pytest.raises(UserError, match="is torn"):
+        encode(damaged(images, 229), codec, open_store(broken), 10)
+    finished = sorted(broken.glob("shard-*"))
+    assert len(finished) > 3
+    finished[0].unlink()
+    finished[1].write_bytes(finished[1].read_bytes()[:-1])
+    (broken / "finished-00002.json").write_text('{"rows": []')
+    encode(damaged(images, 229), codec, open_store(broken), 10, on_bad_image="skip")
+    encode(damaged(images, 229), codec, open_store(tmp_path / "whole"), 10, on_bad_image="skip")
+    assert contents(broken) == contents(tmp_path / "whole")
+
+    (encoded / "finished-00000.json").write_text("{}")
+    encode(images, codec, open_store(encoded), 50, 3)
+    assert not (encoded / "finished-00000.json").exists()
+
+
+def test_latents_that_are_not_finite_are_refused(images: ArrayImages, codec: PixelCodec, tmp_path: Path) -> None:
+    class Overflowing(PixelCodec):
+        def encode(self, images: np.ndarray) -> np.ndarray:
+            return np.where(super().encode(images) > 250, np.nan, 0).astype(np.float32)
+
+    with pytest.raises(UserError, match="has a latent that is not finite"):
+        encode(images, Overflowing(6, 8, 1, size=8), open_store(tmp_path), 50)
+
+
+def test_what_images_are_loaded_with_goes_on_in_threads(images: ArrayImages, codec: PixelCodec, tmp_path: Path) -> None:
+    """Loading takes an eighth of the time that it takes one by one."""
+
+    @dataclass(frozen=True, eq=False)
+    class Waiting(ArrayImages):
+        def parts(self, samples_per_shard: int, seed: int) -> list[Callable[[], Iterable[Item]]]:
+            def wait(item: Item) -> np.ndarray:
+                time.sleep(0.01)
+                return item.load()
+
+            def waiting(part: Callable[[], Iterable[Item]]) -> Iterable[Item]:
+                return [replace(item, load=lambda item=item: wait(item)) for item in part()]
+
+            return [lambda part=part: waiting(part) for part in super().parts(samples_per_shard, seed)]
+
+    source = Waiting(images.name, images.class_names, images.images, images.labels)
+    began = time.monotonic()
+    encode(source, codec, open_store(tmp_path), 115)
+    assert time.monotonic() - began < 1.2  # one by one: 2.3
+
+
 def test_prepare(images: ArrayImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw_folders = []
 
@@ -134,7 +281,7 @@ def test_prepare(images: ArrayImages, tmp_path: Path, monkeypatch: pytest.Monkey
         raw_folders.append(raw)
         return replace(images, name=f"noise/{split}")
 
-    monkeypatch.setattr(prepare_module, "SOURCES", {"noise": noise})
+    monkeypatch.setattr(prepare_module, "PREPARABLE", {"noise": noise})
     prepare("noise", tmp_path / "noise32")
     assert raw_folders == [tmp_path / "noise-raw"] * 2
     for split in ("train", "test"):

@@ -13,7 +13,7 @@ import pytest
 from diffussm.autoencoders.codec import codec_from_spec
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.index import SAMPLE_DTYPE, Index
-from diffussm.data.sources import ArrayImages
+from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
 from diffussm.errors import UserError
 

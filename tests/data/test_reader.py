@@ -8,7 +8,7 @@ import pytest
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.index import Index
 from diffussm.data.reader import SampleReader
-from diffussm.data.sources import ArrayImages
+from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import LocalStore, open_store
 from diffussm.errors import UserError
 

@@ -13,7 +13,7 @@ from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.index import Index
 from diffussm.data.reader import SampleReader
 from diffussm.data.shards import ShardBuilder, npy_header
-from diffussm.data.sources import ArrayImages
+from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
 
 pytestmark = pytest.mark.unit

@@ -1,126 +1,238 @@
 from __future__ import annotations
 
-import gzip
-import hashlib
+import io
 import os
-import struct
+import pickle
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import lmdb
 import pytest
+from PIL import Image
 
-from diffussm.data import sources
-from diffussm.data.sources import ArrayImages, fashion_mnist, parse_idx
+from diffussm.data.sources import open_source
+from diffussm.data.sources.base import BadImage, ImageSource, Item
 from diffussm.errors import UserError
 
 pytestmark = pytest.mark.unit
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
-LABELS = np.array([9, 0, 4], np.uint8)
+
+def picture(shade: int, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (20, 16), (shade, 0, 255 - shade)).save(file, kind, lossless=True)
+    return file.getvalue()
 
 
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+def items(source: ImageSource, samples_per_shard: int = 4, seed: int = 0) -> list[list[Item]]:
+    return [list(part()) for part in source.parts(samples_per_shard, seed)]
+
+
+def shades(parts: list[list[Item]]) -> list[tuple[str, int, int]]:
+    """Name, label and shade of each item."""
+    return [(item.name, item.label, int(item.load()[0, 0, 0])) for part in parts for item in part]
+
+
+def write(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
 
 
 @pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without Fashion-MNIST, and a folder that serves a tiny one as if it were the site."""
-    site = tmp_path / "site"
-    site.mkdir()
-    files: dict[str, dict[str, str]] = {"train": {}, "test": {}}
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        for name, content in ((f"{prefix}-images-idx3", idx(IMAGES)), (f"{prefix}-labels-idx1", idx(LABELS))):
-            (site / f"{name}-ubyte.gz").write_bytes(gzip.compress(content))
-            files[split][f"{name}-ubyte.gz"] = hashlib.sha256(content).hexdigest()
-    monkeypatch.setattr(sources, "FASHION_MNIST_FILES", files)
-    monkeypatch.setattr(sources, "FASHION_MNIST_URL", f"file://{site}/")
-    monkeypatch.setattr(sources, "DEBIAN_FOLDER", tmp_path / "debian")
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)  # who cannot install packages
-    return site
+def imagenet(tmp_path: Path) -> Path:
+    """Three classes of 3 images each; and what lies about."""
+    files = {f"n0{c}/{c}_{i}.{'JPEG' if i else 'png'}": picture(10 * c + i) for c in (2, 0, 1) for i in range(3)}
+    return write(tmp_path / "imagenet", files | {"n00/.hidden.png": b"", ".cache/x.png": b"", "n01/notes.txt": b"?"})
 
 
-def test_parse_idx() -> None:
-    np.testing.assert_array_equal(parse_idx(idx(IMAGES)), IMAGES)
-    np.testing.assert_array_equal(parse_idx(idx(LABELS)), LABELS)
-    huge = struct.pack(">BBBB3I", 0, 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1)
-    for torn in (idx(IMAGES)[:-1], idx(IMAGES) + b"\0", huge):
-        with pytest.raises(UserError, match="torn"):
-            parse_idx(torn)
-    for other in (b"", b"\0\0\x08", idx(IMAGES)[:12], b"\0\0\x0d\x01\0\0\0\0", b"PK\x03\x04" * 9):
-        with pytest.raises(UserError, match="not an IDX file"):
-            parse_idx(other)
+def test_a_sub_folder_is_a_class(imagenet: Path) -> None:
+    source = open_source("folder", str(imagenet), size=16)
+    assert source.class_names == ["n00", "n01", "n02"] and source.count == 9
+    parts = items(source)
+    assert [len(part) for part in parts] == [4, 4, 1]
+    found = shades(parts)
+    expected = [(f"n0{c}/{c}_{i}.{'JPEG' if i else 'png'}", c, 10 * c + i) for c in range(3) for i in range(3)]
+    assert sorted(found) == sorted(expected) != found
+    assert shades(items(source)) == found != shades(items(source, seed=1))
+    assert parts[0][0].load().shape == (16, 16, 3)
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_files_are_downloaded_once(published: Path, tmp_path: Path, split: str) -> None:
-    raw = tmp_path / "raw"
-    source = fashion_mnist(split, raw)
-    assert source.name == f"fashion-mnist/{split}" and len(source) == 3 and len(source.class_names) == 10
-    images, labels = source.read(np.array([2, 0]))
-    np.testing.assert_array_equal(images, IMAGES[[2, 0], ..., None])
-    assert images.dtype == np.uint8 and labels.dtype == np.int64 and labels.tolist() == [4, 9]
-    for path in published.iterdir():
-        path.unlink()
-    assert fashion_mnist(split, raw).fingerprint() == source.fingerprint()
+def test_a_folder_without_classes_and_one_with_both(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain", {f"{i}.png": picture(i) for i in range(5)})
+    source = open_source("folder", str(plain), size=16)
+    assert source.class_names == [] and {item.label for part in items(source) for item in part} == {0}
+    write(plain, {"class/6.png": picture(6)})
+    with pytest.raises(UserError, match=r"holds classes, such as class, and images beside them: move 0\.png"):
+        open_source("folder", str(plain))
+    with pytest.raises(UserError, match="holds no images"):
+        open_source("folder", str(write(tmp_path / "empty", {"a/readme.txt": b"x"})))
+    with pytest.raises(UserError, match="is not a folder"):
+        open_source("folder", str(tmp_path / "nowhere"))
 
 
-def test_debians_files_come_first(published: Path, tmp_path: Path) -> None:
-    published.rename(tmp_path / "debian")
-    assert len(fashion_mnist("test", tmp_path / "raw")) == 3
-    assert not (tmp_path / "raw").exists()
+def test_fingerprints_change_with_what_comes_out(imagenet: Path) -> None:
+    def fingerprint(**options: object) -> str:
+        return open_source("folder", str(imagenet), **{"size": 16, **options}).fingerprint()
+
+    first = fingerprint()
+    assert first == fingerprint() and len({first, fingerprint(size=8), fingerprint(resize="box")}) == 3
+    (imagenet / "n00/0_0.png").rename(imagenet / "n01/0_0.png")
+    assert fingerprint() != first
 
 
-def test_root_installs_debians_package(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installer = tmp_path / "bin" / "apt-get"
-    installer.parent.mkdir()
-    wanted = '[ "$1" = install ] && for last; do :; done && [ "$last" = dataset-fashion-mnist ]'
-    installer.write_text(f"#!/bin/sh\n{wanted} && mv {published} {tmp_path}/debian\n")
-    installer.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{installer.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert len(fashion_mnist("test", tmp_path / "raw")) == 3
-    assert not (tmp_path / "raw").exists()
+def test_a_broken_file_is_a_bad_image_when_it_is_loaded(imagenet: Path) -> None:
+    (imagenet / "n01/1_2.JPEG").write_bytes(b"not an image")
+    loads = {item.name: item.load for part in items(open_source("folder", str(imagenet), size=16)) for item in part}
+    loads.pop("n01/1_0.png")()
+    with pytest.raises(BadImage, match="cannot identify image file"):
+        loads["n01/1_2.JPEG"]()
 
 
-def test_altered_files_are_refused_and_never_kept(published: Path, tmp_path: Path) -> None:
-    raw = tmp_path / "raw"
-    for broken in (gzip.compress(idx(IMAGES[::-1])), b"<html>not found</html>", gzip.compress(idx(IMAGES))[:-30]):
-        (published / "t10k-images-idx3-ubyte.gz").write_bytes(broken)
-        with pytest.raises(UserError, match=r"cannot be had here \(this is not the published file\)"):
-            fashion_mnist("test", raw)
-        assert not raw.exists()
-    published.rename(raw)
-    with pytest.raises(UserError, match=r"raw/t10k-images-idx3-ubyte\.gz: this is not the published file"):
-        fashion_mnist("test", raw)
+@pytest.fixture
+def lsun(tmp_path: Path) -> Path:
+    path = tmp_path / "church_lmdb"
+    with lmdb.open(str(path), map_size=1 << 20) as environment, environment.begin(write=True) as transaction:
+        for i in range(10):
+            transaction.put(f"{i:040x}".encode(), picture(i, "WEBP" if i % 2 else "PNG"))
+    return path
 
 
-def test_a_machine_that_cannot_have_them_is_told_what_to_do(published: Path, tmp_path: Path) -> None:
-    for path in published.iterdir():
-        path.unlink()
-    with pytest.raises(UserError) as failure:
-        fashion_mnist("train", tmp_path / "raw")
-    message = str(failure.value)
-    for part in ("train-images-idx3-ubyte.gz", str(tmp_path / "raw"), "dataset-fashion-mnist"):
-        assert part in message
-    assert "\n" not in message
+def test_lsun_from_its_lmdb(lsun: Path) -> None:
+    source = open_source("lsun", str(lsun), size=16, resize="box")
+    assert source.count == 10 and source.class_names == []
+    found = shades(items(source))
+    assert sorted(name for name, _, _ in found) == [f"{i:040x}" for i in range(10)]
+    assert all(label == 0 and abs(shade - int(name, 16)) <= 2 for name, label, shade in found)
+    child = os.fork()  # processes of a launcher that forks open their own
+    if child == 0:
+        os._exit(0 if shades(items(source)) == found else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    again = open_source("lsun", str(lsun), size=16, resize="box")
+    assert again.fingerprint() == source.fingerprint() != open_source("lsun", str(lsun), size=16).fingerprint()
 
 
-def test_fingerprints_tell_sources_apart() -> None:
-    def source(images: np.ndarray, labels: np.ndarray) -> str:
-        return ArrayImages("x", ["a"], images, labels).fingerprint()
-
-    labels = LABELS.astype(np.int64)
-    same = source(IMAGES[..., None], labels)
-    assert same == source(IMAGES.copy()[..., None], labels)
-    assert len({same, source(IMAGES[::-1, ..., None], labels), source(IMAGES[..., None], labels[::-1])}) == 3
-    assert same != source(IMAGES.reshape(3, 14, 56, 1), labels)
+def test_lsun_as_its_tool_exports_it(tmp_path: Path) -> None:
+    root = write(tmp_path / "church", {f"{i % 2}/{i % 3}/{i:040x}.webp": picture(i, "WEBP") for i in range(10)})
+    source = open_source("lsun", str(root), size=16, resize="box")
+    assert source.count == 10 and source.class_names == []
+    assert {label for _, label, _ in shades(items(source))} == {0}
 
 
-def test_fashion_mnist_itself(tmp_path: Path) -> None:
-    if not sources.DEBIAN_FOLDER.is_dir():
-        pytest.skip(f"Debian's {sources.DEBIAN_PACKAGE} is not installed")
-    source = fashion_mnist("test", tmp_path / "raw")
-    assert source.images.shape == (10_000, 28, 28, 1)
-    assert np.bincount(source.labels).tolist() == [1000] * 10
-    assert source.images.mean() == pytest.approx(73.1466, abs=0.001)
+def test_an_lmdb_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be opened as an LMDB"):
+        open_source("lsun", str(write(tmp_path / "broken", {"data.mdb": b"x" * 9000})))
+
+
+def make_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    for shard in range(3):
+        members = []
+        for i in range(4):
+            key = f"a/{shard}{i}"
+            label = ("cls", b"%d" % i) if shard else ("json", b'{"label": %d, "x": "y"}' % i)
+            members += [
+                (f"{key}.{label[0]}", label[1]),
+                (f"{key}.JPG", picture(10 * shard + i)),
+                (f"{key}.txt", b"caption"),
+            ]
+        make_tar(tmp_path / f"tars/in-{shard:03d}.tar", [*members, ("__meta__/a.json", b"{}")])
+    return tmp_path / "tars"
+
+
+@pytest.mark.parametrize("urls", ["{}", "{}/in-*.tar", "{}/in-{{000..002}}.tar", "file://{}"])
+def test_tars_in_their_own_order_one_a_shard(tars: Path, urls: str) -> None:
+    source = open_source("webdataset", urls.format(tars), size=16, classes=4)
+    assert source.count is None and source.class_names == ["0", "1", "2", "3"]
+    parts = items(source)
+    assert [[item.label for item in part] for part in parts] == [[0, 1, 2, 3]] * 3
+    assert [shade for _, _, shade in shades(parts)] == [10 * shard + i for shard in range(3) for i in range(4)]
+    assert parts[1][2].name.endswith("in-001.tar: a/12")
+    assert shades(items(source)) == shades(parts)
+
+
+def test_labels_of_tars_are_taken_or_left_by_intention(tars: Path) -> None:
+    source = open_source("webdataset", str(tars), size=16, classes=0)
+    assert source.class_names == [] and {item.label for part in items(source) for item in part} == {0}
+    with pytest.raises(UserError, match="a/00 has a label: give --classes N, or --classes 0"):
+        items(open_source("webdataset", str(tars), size=16))
+    with pytest.raises(UserError, match="a/03 has label 3, not one of 0 to 2"):
+        items(open_source("webdataset", str(tars), size=16, classes=3))
+    make_tar(tars / "in-000.tar", [("x.cls", b"one"), ("x.png", picture(1))])
+    with pytest.raises(UserError, match="x: its label is not a number"):
+        items(open_source("webdataset", str(tars), size=16, classes=4))
+
+
+def read_one(path: Path) -> list[list[Item]]:
+    return items(open_source("webdataset", str(path), size=16, classes=0))
+
+
+def cut(position: Callable[[tarfile.TarInfo], int]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        with tarfile.open(path) as tar:
+            end = position(tar.getmembers()[7])
+        path.write_bytes(path.read_bytes()[:end])
+
+    return damage
+
+
+def zero_a_header(path: Path) -> None:
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[7].offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 512] = bytes(512)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut(lambda m: m.offset), cut(lambda m: m.offset_data), cut(lambda m: m.offset_data + 50), zero_a_header],
+    ids=["at a member's boundary", "after a header", "in a member", "a zeroed header"],
+)
+def test_a_torn_tar_is_an_error_and_never_fewer_images(tars: Path, damage: Callable[[Path], None]) -> None:
+    path = tars / "in-001.tar"
+    assert len(read_one(path)[0]) == 4
+    damage(path)
+    with pytest.raises(UserError, match=r"in-001\.tar is damaged after byte \d+"):
+        read_one(path)
+
+
+@pytest.mark.parametrize("name", ["/etc/x.png", "../x.png", "a/../../x.png"])
+def test_members_that_point_outside_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="is not a file inside the tar"):
+        read_one(make_tar(tmp_path / "x.tar", [(name, picture(1))]))
+
+
+def test_links_are_refused_and_pickles_never_read(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    path = make_tar(tmp_path / "x.tar", [("x.png", picture(3)), ("x.pyd", pickle.dumps(Bomb())), ("x.pth", b"?")])
+    assert shades(read_one(path))[0][2] == 3 and not (tmp_path / "exploded").exists()
+    with tarfile.open(path, "w") as tar:
+        link = tarfile.TarInfo("x.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with pytest.raises(UserError, match=r"'x\.png' is not a file inside the tar"):
+        read_one(path)
+
+
+def test_a_sample_without_an_image_and_no_tars_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"y has no image .*, only txt"):
+        read_one(make_tar(tmp_path / "x.tar", [("x.png", picture(1)), ("y.txt", b"")]))
+    with pytest.raises(UserError, match="there are no tars"):
+        open_source("webdataset", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="there is no such tar"):
+        open_source("webdataset", str(tmp_path / "nowhere.tar"))

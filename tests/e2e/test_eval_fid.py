@@ -17,7 +17,7 @@ import pytest
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.commands.eval_fid import main, newest_samples
 from diffussm.data.encode import encode
-from diffussm.data.sources import ArrayImages
+from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
 from diffussm.errors import run_command
 

@@ -13,7 +13,7 @@ from PIL import Image
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.commands import sample
 from diffussm.data.encode import encode
-from diffussm.data.sources import ArrayImages
+from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
 from diffussm.errors import run_command
 

@@ -9,7 +9,7 @@ import pytest
 
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.encode import encode
-from diffussm.data.sources import ArrayImages
+from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
 from diffussm.evaluation.images import ReferenceStatistics, random_subset, read_images, read_reference
 

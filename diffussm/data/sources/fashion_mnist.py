@@ -1,4 +1,4 @@
-"""Sets of images to encode, and where they are found."""
+"""Fashion-MNIST, from Debian's package or the site that publishes it."""
 
 from __future__ import annotations
 
@@ -11,54 +11,13 @@ import subprocess
 import sys
 import urllib.request
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from diffussm.data.sources.base import ArrayImages
 from diffussm.errors import UserError
 from diffussm.files import write_atomically
-
-
-class ImageSource(Protocol):
-    """A set of labelled images, numbered from 0."""
-
-    name: str
-    class_names: list[str]
-
-    def __len__(self) -> int: ...
-
-    def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The images numbered ``ids`` [n]: uint8 [n, H, W, channels], and their classes, int64 [n]."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A hash of all images and labels: two sources that agree in it are the same."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class ArrayImages:
-    """A source held in memory: images uint8 [N, H, W, channels], labels int64 [N]."""
-
-    name: str
-    class_names: list[str]
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.images[ids], self.labels[ids]
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(self.images.shape).encode())
-        digest.update(np.ascontiguousarray(self.images))
-        digest.update(np.ascontiguousarray(self.labels, "<i8"))
-        return digest.hexdigest()
-
 
 FASHION_MNIST_CLASSES = [
     "T-shirt/top",
@@ -90,7 +49,7 @@ MAX_UNPACKED_BYTES = 1 << 26
 INSTALL_SECONDS, DOWNLOAD_SECONDS = 300, 30
 
 
-def fashion_mnist(split: str, raw: Path) -> ArrayImages:
+def load_fashion_mnist(split: str, raw: Path) -> ArrayImages:
     """Fashion-MNIST: 60,000 (``train``) or 10,000 (``test``) grey images [28, 28, 1] of 10 classes.
 
     Its files come from Debian's package, else from the folder ``raw``; where neither has them the package is
@@ -105,7 +64,6 @@ def fashion_mnist(split: str, raw: Path) -> ArrayImages:
     return ArrayImages(f"fashion-mnist/{split}", FASHION_MNIST_CLASSES, images[..., None], labels.astype(np.int64))
 
 
-SOURCES = {"fashion-mnist": fashion_mnist}
 SPLITS = ("train", "test")
 
 

@@ -1,0 +1,75 @@
+"""Folders of image files: a sub-folder a class, as ImageNet lies, or images without classes, as LSUN is exported."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from diffussm.data.sources.base import Item, shuffled_parts
+from diffussm.data.sources.resize import SUFFIXES, read_image
+from diffussm.errors import UserError
+
+
+class FolderImages:
+    """The image files of a folder.
+
+    Args:
+        size, resize: as :func:`read_image`.
+        classes: True: each sub-folder is a class, in the order of their names; without sub-folders there are none.
+            False: there are none, however the files are nested.
+
+    Raises:
+        UserError: there are no images, or images beside the classes.
+    """
+
+    def __init__(self, root: str | Path, size: int, resize: str, classes: bool = True) -> None:
+        self._root, self._size, self._resize = Path(root), size, resize
+        if not self._root.is_dir():
+            raise UserError(f"--input {root} is not a folder")
+        self._files = sorted(_image_files(self._root))  # (relative path, bytes)
+        self.class_names = sorted({_first_part(name) for name, _ in self._files} - {""}) if classes else []
+        beside = next((name for name, _ in self._files if not _first_part(name)), None)
+        if not self._files:
+            raise UserError(f"{root} holds no images ({', '.join(SUFFIXES)}), nor do its sub-folders")
+        if self.class_names and beside:
+            raise UserError(
+                f"{root} holds classes, such as {self.class_names[0]}, and images beside them: move {beside}"
+            )
+        self._labels = {name: label for label, name in enumerate(self.class_names)}
+        self.name = f"{self._root.resolve().name}, {resize} to {size}"
+
+    @property
+    def count(self) -> int:
+        return len(self._files)
+
+    def parts(self, samples_per_shard: int, seed: int) -> Sequence[Callable[[], Iterable[Item]]]:
+        return shuffled_parts(len(self._files), samples_per_shard, seed, self._item)
+
+    def fingerprint(self) -> str:
+        """Of names and sizes, and of the resizing."""
+        digest = hashlib.sha256(f"{self._size} {self._resize} {self.class_names}\n".encode())
+        for name, size in self._files:
+            digest.update(f"{size} {name}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def _item(self, number: int) -> Item:
+        name, _ = self._files[number]
+        load = functools.partial(read_image, self._root / name, self._size, self._resize)
+        return Item(name, self._labels.get(_first_part(name), 0), load)
+
+
+def _image_files(root: Path) -> Iterable[tuple[str, int]]:
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+                path = Path(folder, name)
+                yield path.relative_to(root).as_posix(), path.stat().st_size
+
+
+def _first_part(name: str) -> str:
+    """The sub-folder of the root in which a file lies; "" for one in the root itself."""
+    return name.partition("/")[0] if "/" in name else ""
