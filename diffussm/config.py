@@ -47,6 +47,7 @@ class DataConfig:
         path: folder or s3:// URL of the training shards and their index.
         cache: folder of a local disk where a node keeps the shards that it has fetched; null: none.
         cache_gib: what that folder may hold, GiB.
+        autoencoder: hub id or folder of the weights that decode samples; null: where the data set was encoded from.
         reference: folder or s3:// URL of the latents that samples are scored against.
         prepare: a data set that is fetched and encoded when ``path`` has no index yet: fashion-mnist.
     """
@@ -54,6 +55,7 @@ class DataConfig:
     path: str = "data/imagenet256/train"
     cache: str | None = None
     cache_gib: float = 100.0
+    autoencoder: str | None = None
     reference: str | None = None
     prepare: str | None = None
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from diffussm.autoencoders.codec import codec_from_spec
+from diffussm.autoencoders.codec import Codec
 from diffussm.config import SampleConfig
 from diffussm.diffusion.generate import generate
 from diffussm.diffusion.schedule import Schedule
@@ -24,6 +24,7 @@ GRID_PER_CLASS, GRID_UNCONDITIONAL, GRID_CLASSES = 10, 64, 20  # images shown
 
 def draw_images(
     model: nn.Module,
+    codec: Codec,
     meta: dict[str, Any],
     labels: list[int] | None,
     settings: SampleConfig,
@@ -38,6 +39,7 @@ def draw_images(
 
     Args:
         model: on the device where it is to run.
+        codec: that decodes its latents.
         meta: of the checkpoint that it comes from.
         labels: [count]; None for an unconditional model.
         settings: sampler, steps and guidance.
@@ -50,7 +52,6 @@ def draw_images(
     Raises:
         UserError: more steps than the schedule has, or channels than the latent.
     """
-    codec = codec_from_spec(meta["codec"])
     schedule = Schedule.linear(meta["config"]["diffusion"]["steps"]).respace(settings.steps)
     device = next(model.parameters()).device
     batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]

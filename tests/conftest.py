@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,3 +54,25 @@ def trained(shades: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = runs.run(runs.command("deepspeed", 2, runs.arguments(shades, run, train__sample_images=48)))
     assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.fixture(scope="session")
+def make_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a tiny AutoencoderKL of random weights: by default of factor 2, with 4 channels."""
+
+    def make(seed: int = 0, safe: bool = True, levels: int = 2, **config: Any) -> Path:
+        import torch
+        from diffusers import AutoencoderKL  # takes seconds, which most tests can do without
+
+        torch.manual_seed(seed)
+        blocks = {
+            "block_out_channels": (8, 16, 16, 16)[:levels],
+            "down_block_types": ("DownEncoderBlock2D",) * levels,
+            "up_block_types": ("UpDecoderBlock2D",) * levels,
+        }
+        settings = {"layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4} | blocks | config
+        folder = tmp_path_factory.mktemp("autoencoder")
+        AutoencoderKL(**settings).save_pretrained(folder, safe_serialization=safe)
+        return folder
+
+    return make

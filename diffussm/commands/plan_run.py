@@ -109,8 +109,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     print(f"computation     {number(plan['macs_per_step'] / 1e12)} TMACs a step ({passes})")
     peak = f"{plan['mfu']:.0%} of {plan['gpu_flops'] / 1e12:g} TFLOP/s a GPU"
     print(f"speed           {number(plan['images_per_second'])} images/s at {peak}")
-    held = f"up to {number(plan['stream_bytes'] / GIB)} GiB of a rank's host memory hold what is read ahead"
-    print(f"reading         {number(plan['bytes_read_per_second'] / 1e6)} MB/s; {held}")
+    held = f"up to {number(plan['stream_bytes'] / GIB)} GiB of a rank's host memory"
+    print(f"reading         {number(plan['bytes_read_per_second'] / 1e6)} MB/s, ahead into {held}")
     print(f"checkpoint      {number(plan['checkpoint_bytes'] / 1e9)} GB")
     time = f"{number(plan['days'])} days, {number(plan['gpu_hours'])} GPU-hours"
     print(f"{plan['images']:,} images: {plan['steps']:,} steps, {time}")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffussm.autoencoders.codec import codec_from_spec
 from diffussm.commands.common import Parser, emit_json
 from diffussm.config import Config, SampleConfig, from_dict
 from diffussm.diffusion.samplers import SAMPLERS
@@ -42,10 +43,14 @@ def main() -> None:
             f"--guidance-channels {arguments.guidance_channels} is not in 1..{meta['channels']}, the latent's"
         )
 
+    codec = codec_from_spec(meta["codec"], arguments.autoencoder or config.data.autoencoder)
+    codec.load()
+
     def draw(network: nn.Module, settings: SampleConfig, title: str) -> np.ndarray:
         network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         return draw_images(
             network,
+            codec,
             meta,
             labels,
             settings,
@@ -111,6 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--guidance-channels", type=int, metavar="K", help="guide only the first K, as DiT did with 3")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="image i is a function of it (default: 0)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images a batch (default: %(default)s)")
+    parser.add_argument("--autoencoder", metavar="ID", help="hub id or folder of its weights (default: the run's)")
     parser.add_argument("--untrained", action="store_true", help="also draw from the untrained model, for comparison")
     parser.add_json_option()
     arguments = parser.parse_args()

@@ -15,8 +15,8 @@ class S3Store:
     """The objects of a bucket whose keys begin with ``prefix/``.
 
     Credentials, region and endpoint come from the usual AWS settings, for each process anew, and again when the
-    credentials have expired. Trouble that may pass is waited out for DIFFUSSM_S3_DEADLINE seconds (120) without a byte,
-    and for no longer than that plus a second for every 100 kB asked for.
+    credentials have expired. Trouble that may pass is waited out for DIFFUSSM_S3_DEADLINE seconds (120) without a byte;
+    once a read's first byte is there, for no longer than that and a second for every 100 kB in all.
 
     Raises:
         UserError: the URL has no bucket, or the deadline is not a positive number.

@@ -48,23 +48,25 @@ def deadline() -> float:
 
 
 class Patience:
-    """How long a request is tried: for ``seconds`` without success, and as a whole no longer than a slow link takes.
+    """How long a request is tried: for ``seconds`` without a byte; and from its first answer on for no longer than that
+    and what a slow link takes.
 
     Args:
         url: of the object.
-        upload: bytes that the request sends.
+        least_tries: made even so; a try to send much may take long by itself.
     """
 
-    def __init__(self, url: str, seconds: float, upload: int = 0) -> None:
+    def __init__(self, url: str, seconds: float, least_tries: int = 1) -> None:
         self.url = url
-        self._seconds = seconds + upload / SLOWEST
-        self._whole = self._seconds
+        self._seconds = seconds
+        self._least_tries = least_tries
         self._begin = self._progress = time.monotonic()
+        self._end = math.inf
         self._tries, self._in_vain = 1, 0
 
     def expect(self, size: int) -> None:
-        """The answer will have ``size`` bytes."""
-        self._whole = self._seconds + size / SLOWEST
+        """The first answer is there: ``size`` bytes are to come."""
+        self._end = time.monotonic() + self._seconds + size / SLOWEST
 
     def progress(self) -> None:
         """Bytes have arrived.
@@ -73,7 +75,7 @@ class Patience:
             UserError: they come too slowly.
         """
         self._progress, self._in_vain = time.monotonic(), 0
-        if self._progress - self._begin > self._whole:
+        if self._progress > self._end:
             self._give_up(f"less than {SLOWEST // 1000} kB a second arrive")
 
     def wait(self, problem: str) -> None:
@@ -83,15 +85,15 @@ class Patience:
             UserError: the time is up.
         """
         now = time.monotonic()
-        end = min(self._progress + self._seconds, self._begin + self._whole)
-        if now >= end:
+        end = min(self._progress + self._seconds, self._end)
+        if now >= end and self._tries >= self._least_tries:
             self._give_up(problem)
         if now - self._progress > SAY_AFTER:
-            _say(f"{self.url}: {problem}: try {self._tries} failed, trying on for {end - now:.0f} s")
+            _say(f"{self.url}: {problem}: try {self._tries} failed, trying on for {max(0, end - now):.0f} s")
         pause = min(FIRST_PAUSE * 2**self._in_vain, LONGEST_PAUSE) * _jitter.uniform(0.5, 1)
         self._tries += 1
         self._in_vain = min(self._in_vain + 1, 30)
-        time.sleep(min(pause, end - now))
+        time.sleep(min(pause, max(0.0, end - now)))
 
     def _give_up(self, problem: str) -> None:
         seconds = time.monotonic() - self._begin

@@ -133,10 +133,7 @@ class Upload:
     def _put_whole(self) -> Answer:
         body = self._part(0, self._size)
         return self._send(
-            lambda client: client.put_object(
-                **self._place, **self._condition, Body=body, Metadata={TOKEN: self._token}
-            ),
-            upload=self._size,
+            lambda client: client.put_object(**self._place, **self._condition, Body=body, Metadata={TOKEN: self._token})
         )
 
     def _put_parts(self) -> Answer:
@@ -146,9 +143,7 @@ class Upload:
 
         def put_part(number: int) -> Answer:
             body = self._part((number - 1) * part_bytes, part_bytes)
-            answer = self._send(
-                lambda client: client.upload_part(**place, PartNumber=number, Body=body), upload=len(body)
-            )
+            answer = self._send(lambda client: client.upload_part(**place, PartNumber=number, Body=body))
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
         try:
@@ -161,7 +156,7 @@ class Upload:
             )
         except BaseException:  # parts that nobody completes are stored, and paid for
             with suppress(OSError, UserError):
-                self._send(lambda client: client.abort_multipart_upload(**place), seconds=ABORT_SECONDS)
+                self._send(lambda client: client.abort_multipart_upload(**place), ABORT_SECONDS)
             raise
 
     def _part(self, start: int, length: int) -> bytes:
@@ -173,14 +168,14 @@ class Upload:
 
     def _find_own(self) -> Answer | None:
         try:
-            answer = self._send(lambda client: head(client, self._place), seconds=0)
+            answer = self._send(lambda client: head(client, self._place), 0, least_tries=1)
         except (OSError, UserError):
             return None
         return answer if answer["Metadata"].get(TOKEN) == self._token else None
 
-    def _send(self, request: Callable[[BaseClient], Answer], upload: int = 0, seconds: float | None = None) -> Answer:
-        seconds = self._requests.seconds if seconds is None else min(seconds, self._requests.seconds)
-        return self._requests.send(Patience(self._url, seconds, upload), request)
+    def _send(self, request: Callable[[BaseClient], Answer], seconds: float = math.inf, least_tries: int = 3) -> Answer:
+        seconds = min(seconds, self._requests.seconds)
+        return self._requests.send(Patience(self._url, seconds, least_tries), request)
 
 
 def head(client: BaseClient, place: dict[str, str]) -> Answer:
@@ -188,9 +183,10 @@ def head(client: BaseClient, place: dict[str, str]) -> Answer:
     try:
         return client.head_object(**place)
     except ClientError as error:
-        if code_of(error) in ("400", "403", "404"):
-            client.get_object(**place)["Body"].close()  # it says why: an answer to HEAD has no room for that
-        raise
+        if code_of(error) not in ("400", "403", "404"):
+            raise
+        client.get_object(**place)["Body"].close()  # raises, and says why: an answer to HEAD has no room for that
+        raise Incomplete(f"HEAD is refused ({code_of(error)}), GET is not") from error
 
 
 def etag_of(answer: Answer) -> str:

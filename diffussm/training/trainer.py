@@ -57,7 +57,9 @@ class Trainer:
         self.run = Path(config.run_dir)
         store = open_store(config.data.path)
         self.index = index = Index.load(store)
-        self.codec = codec_from_spec(index.codec)
+        self.codec = codec_from_spec(index.codec, config.data.autoencoder)
+        if train.sample_images:
+            self.codec.load()  # what it lacks is not to show hours from now
         self.shape, self.num_classes = index.latent_shape, len(index.class_names)
         if math.prod(self.shape[1:]) % config.model.hourglass:
             raise UserError(

@@ -51,10 +51,10 @@ def store(prefix: str) -> S3Store:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
     """Seconds that stores wait now; with one timeout more all must have ended."""
-    for name, value in {"CONNECT_TIMEOUT": 0.4, "READ_TIMEOUT": 0.4, "FIRST_PAUSE": 0.02, "LONGEST_PAUSE": 0.2}.items():
+    for name, value in {"CONNECT_TIMEOUT": 0.3, "READ_TIMEOUT": 0.3, "FIRST_PAUSE": 0.02, "LONGEST_PAUSE": 0.2}.items():
         monkeypatch.setattr(s3_requests, name, value)
-    monkeypatch.setenv(s3_requests.DEADLINE_NAME, "1.2")
-    return 1.2
+    monkeypatch.setenv(s3_requests.DEADLINE_NAME, "1")
+    return 1.0
 
 
 @pytest.fixture
