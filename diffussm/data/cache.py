@@ -17,6 +17,7 @@ from diffussm.errors import UserError
 from diffussm.files import fsync
 
 PIECE_BYTES = 16 << 20  # fetched at once
+ATTEMPTS = 3  # to fetch what arrives damaged
 
 
 class ShardCache:
@@ -71,19 +72,13 @@ class ShardCache:
         return mapped
 
     def _fetch(self, shard: Shard, path: Path) -> None:
-        part = path.with_suffix(".part")  # a killed process's: written over
+        part = path.with_suffix(".part")
         try:
             self._make_room(shard, part)
-            digest = hashlib.sha256()
-            with part.open("r+b") as file:
-                for start in range(0, shard.size, PIECE_BYTES):
-                    piece = self._store.read(shard.name, start, min(PIECE_BYTES, shard.size - start), shard.etag)
-                    digest.update(piece)
-                    file.write(piece)
-            if digest.hexdigest() != shard.sha256:
+            if not any(self._download(shard, part) for _ in range(ATTEMPTS)):
                 raise UserError(
-                    f"{self._store}/{shard.name} is damaged: its sha256 is not what the index says: restore it, "
-                    f"or delete index.json and run tools/encode_latents.py again"
+                    f"{self._store}/{shard.name} is damaged: its sha256 is not what the index says: restore it, or "
+                    f"delete index.json and run tools/encode_latents.py again"
                 )
             fsync(part)
             os.replace(part, path)
@@ -96,6 +91,16 @@ class ShardCache:
             ) from error
         finally:
             part.unlink(missing_ok=True)
+
+    def _download(self, shard: Shard, part: Path) -> bool:
+        """Whether what came is the shard: a network may alter or cut it on its way."""
+        digest = hashlib.sha256()
+        with part.open("r+b") as file:
+            for start in range(0, shard.size, PIECE_BYTES):
+                piece = self._store.read(shard.name, start, min(PIECE_BYTES, shard.size - start), shard.etag)
+                digest.update(piece)
+                file.write(piece)
+        return digest.hexdigest() == shard.sha256
 
     def _make_room(self, shard: Shard, part: Path) -> None:
         """Set the shard's room aside, by a file of its size."""

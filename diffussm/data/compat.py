@@ -19,8 +19,8 @@ import io
 import numpy as np
 from webdataset.gopen import gopen_schemes
 
+from diffussm.data.cache import ATTEMPTS
 from diffussm.data.index import Index, Shard
-from diffussm.data.reader import ATTEMPTS
 from diffussm.data.store import Store, open_store
 from diffussm.errors import UserError
 

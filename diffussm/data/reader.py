@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from isal import isal_zlib  # the same crc32 as zlib, three times as fast
 
-from diffussm.data.cache import ShardCache
+from diffussm.data.cache import ATTEMPTS, ShardCache
 from diffussm.data.index import Index
 from diffussm.data.store import Buffer, Store
 from diffussm.errors import UserError
 
 RANGE_BYTES = 16 << 20  # of one read, to a sample; more are cut into equal parts
 GAP_BYTES = 64 << 10  # between two samples: reading over it is cheaper than asking again
-ATTEMPTS = 3  # to read what arrives damaged
 BLOCK = 64  # samples copied at once, while the processor still has them at hand from their check
 
 

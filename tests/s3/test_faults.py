@@ -4,6 +4,7 @@ shard; never fewer, never others, and in time."""
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,108 @@ import pytest
 from s3.conftest import BUCKET
 from s3.fault_proxy import Fault, FaultProxy, drip, early_close, flip, refuse, reset, shorten, stall
 
-from benchmarks.seaweed import ACCESS_KEY, SECRET_KEY
+from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.cache import ShardCache
-from diffussm.data.index import SAMPLE_DTYPE, Index, Shard, publish_index, shard_name
+from diffussm.data.encode import encode
+from diffussm.data.index import Index
 from diffussm.data.order import SampleOrder
 from diffussm.data.reader import SampleReader
 from diffussm.data.s3 import S3Store
-from diffussm.data.shards import ShardBuilder
-from diffussm.data.store import open_store
+from diffussm.data.sources.base import ArrayImages
+from diffussm.data.store import LocalStore
 from diffussm.data.stream import LatentStream
 from diffussm.errors import UserError
 
 pytestmark = pytest.mark.s3
+
+BATCH = 20
+MEMBER = 2560  # bytes of the tar from one sample's numbers to the next one's
+CUT = 10 * MEMBER  # near a member's end: see test_where_a_cut_falls
+FAULTS: dict[str, Fault] = {
+    "reset": reset(9000),
+    "early close": early_close(9000),
+    "shortened": shorten(9000),
+    "cut at the end of a member": shorten(CUT),
+    "cut with all that tells of it": shorten(CUT, total=True),
+    "flipped bit": flip(5),
+    "503": refuse(503, "SlowDown"),
+    "expired credentials": refuse(403, "ExpiredToken"),
+    "stall": stall(9000),
+}
+FOR_EVER: dict[str, tuple[Fault, str]] = {
+    "reset": (reset(0), "no connection to|closed the connection"),
+    "early close": (early_close(0), "the connection ended after"),
+    "cut at the end of a member": (shorten(CUT), "not the range from"),
+    "cut with all that tells of it": (shorten(CUT, total=True), "sample 0000.-0000.. is unreadable: the file ends"),
+    "flipped bit": (flip(5), "sample 0000.-0000.. is unreadable: its bytes have changed"),
+    "503": (refuse(503, "SlowDown"), "the server answered 503 SlowDown: given up at try"),
+    "404": (refuse(404, "NoSuchKey"), "sample 0000.-0000.. is unreadable: No such object"),
+    "expired credentials": (refuse(403, "ExpiredToken"), "the credentials have expired"),
+    "access denied": (refuse(403, "AccessDenied"), "access is denied"),
+    "stall": (stall(0), "fell silent: given up at try"),
+    "slow link": (drip(20_000), "less than 100 kB a second arrive"),
+}
+CACHED_LINES = {  # the cache looks at whole shards
+    "cut with all that tells of it": r"\.tar is damaged: its sha256 is not",
+    "flipped bit": r"\.tar is damaged: its sha256 is not",
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 200 images in four shards."""
+    pixels = np.random.default_rng(1).integers(0, 256, (200, 16, 16, 1), dtype=np.uint8)
+    images = ArrayImages("noise/train", ["even", "odd"], pixels, np.arange(200) % 2)
+    folder = tmp_path_factory.mktemp("encoded") / "train"
+    encode(images, PixelCodec(16, 16, 1, size=16), LocalStore(folder), samples_per_shard=50)
+    return folder
+
+
+@pytest.fixture
+def store(folder: Path, proxy: FaultProxy, prefix: str) -> S3Store:
+    """The same data set behind the proxy."""
+    store = S3Store(BUCKET, prefix)
+    for path in folder.iterdir():
+        store.put(path.name, path)
+    return store
+
+
+@pytest.fixture(params=["ranges", "cache"])
+def reader(store: S3Store, request: pytest.FixtureRequest, tmp_path: Path) -> SampleReader:
+    cache = ShardCache(store, tmp_path / "cache", 1 << 30) if request.param == "cache" else None
+    return SampleReader(store, Index.load(store), cache)
+
+
+def read_epoch(reader: SampleReader, folder: Path) -> Iterator[None]:
+    """Yields at each step whose samples have come and are right."""
+    truth = SampleReader(LocalStore(folder), Index.load(LocalStore(folder)))
+    order = SampleOrder(reader.index.shard_counts, BATCH, seed=0)
+    assert order.steps_per_epoch == 10
+    with LatentStream(reader, order, 0, slice(0, BATCH), lambda *arguments: arguments) as stream:
+        for step in range(order.steps_per_epoch):
+            got_step, _, moments, labels = next(stream)
+            assert got_step == step
+            expected_moments, expected_labels = truth.read(order.step_ids(step))
+            np.testing.assert_array_equal(moments, expected_moments)
+            np.testing.assert_array_equal(labels, expected_labels)
+            yield
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_that_passes(reader: SampleReader, folder: Path, proxy: FaultProxy, name: str) -> None:
+    proxy.inject(FAULTS[name], times=1, part=".tar")
+    assert len(list(read_epoch(reader, folder))) == 10
+    assert proxy._rules[-1].times == 0
+
+
+@pytest.mark.parametrize("name", FOR_EVER)
+def test_a_fault_that_stays(reader: SampleReader, store: S3Store, folder: Path, proxy: FaultProxy, name: str) -> None:
+    fault, line = FOR_EVER[name]
+    if reader._cache:
+        line = CACHED_LINES.get(name, line)
+    proxy.inject(fault, part=".tar")
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=line) as failure:
+        list(read_epoch(reader, folder))
+    assert time.monotonic() - begin < 8
+    assert str(failure.value).startswith(f"{store}/shard-0000") and "\n" not in str(failure.value)
