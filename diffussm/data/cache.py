@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import mmap
 import os
+import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from diffussm.data.index import Shard
@@ -17,6 +18,7 @@ from diffussm.errors import UserError
 from diffussm.files import fsync
 
 PIECE_BYTES = 16 << 20  # fetched at once
+WAIT_SECONDS = 0.1
 ATTEMPTS = 3  # to fetch what arrives damaged
 
 
@@ -62,16 +64,19 @@ class ShardCache:
 
     def _open(self, shard: Shard) -> mmap.mmap:
         with self._locked(self._lock(shard.sha256)):
-            path = self._path(shard)
-            if not (path.is_file() and path.stat().st_size == shard.size):
-                self._fetch(shard, path)
-            os.utime(path)  # read just now: the last to make room
-            with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = self._open_kept(shard) or self._fetch(shard)
         self._maps[shard.sha256] = mapped
         return mapped
 
-    def _fetch(self, shard: Shard, path: Path) -> None:
+    def _open_kept(self, shard: Shard) -> mmap.mmap | None:
+        with contextlib.suppress(FileNotFoundError), self._path(shard).open("rb") as file:
+            if os.fstat(file.fileno()).st_size == shard.size:
+                os.utime(file.fileno())  # read just now: the last to make room
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return None
+
+    def _fetch(self, shard: Shard) -> mmap.mmap:
+        path = self._path(shard)
         part = path.with_suffix(".part")
         try:
             self._make_room(shard, part)
@@ -81,8 +86,11 @@ class ShardCache:
                     f"delete index.json and run tools/encode_latents.py again"
                 )
             fsync(part)
+            with part.open("rb") as file:  # before it has a name, and another process can take its room
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             os.replace(part, path)
             fsync(self._folder)
+            return mapped
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -103,25 +111,36 @@ class ShardCache:
         return digest.hexdigest() == shard.sha256
 
     def _make_room(self, shard: Shard, part: Path) -> None:
-        """Set the shard's room aside, by a file of its size."""
+        """Set the shard's room aside, by a file of its size; waits for it while others are fetching theirs."""
+        if shard.size > self._max_bytes:
+            raise UserError(
+                f"the cache {self._folder} has no room for {shard.name} of {shard.size} bytes: raise data.cache_gib"
+            )
+        while not self._set_aside(shard.size, part):
+            time.sleep(WAIT_SECONDS)
+
+    def _set_aside(self, size: int, part: Path) -> bool:
         with self._locked(self._folder / "lock"):
             part.unlink(missing_ok=True)
             for left in self._folder.glob("*.part"):
                 self._remove_abandoned(left)
-            kept = {path: path.stat() for path in self._folder.iterdir() if path.suffix in (".tar", ".part")}
+            kept = {}
+            for path in self._folder.iterdir():
+                if path.suffix in (".tar", ".part"):
+                    with contextlib.suppress(FileNotFoundError):  # it has just got its name, or been dropped
+                        kept[path] = path.stat()
             free = self._max_bytes - sum(stat.st_size for stat in kept.values())
             for path in sorted(kept, key=lambda path: kept[path].st_mtime_ns):
-                if free >= shard.size:
+                if free >= size:
                     break
                 if path.suffix == ".tar":
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                     free += kept[path].st_size
-            if free < shard.size:
-                raise UserError(
-                    f"the cache {self._folder} has no room for {shard.name} of {shard.size} bytes: raise data.cache_gib"
-                )
+            if free < size:
+                return False
             with part.open("wb") as file:
-                file.truncate(shard.size)
+                file.truncate(size)
+            return True
 
     def _remove_abandoned(self, part: Path) -> None:
         """Remove what a killed process has left: nobody holds its lock."""
@@ -132,7 +151,7 @@ class ShardCache:
                 return
             part.unlink(missing_ok=True)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
         """Hold a lock between threads and processes; the system unlocks it however this process ends."""
         with path.open("a") as file:

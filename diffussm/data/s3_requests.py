@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import boto3
+import botocore.loaders
+import botocore.session
 from botocore.client import BaseClient
 from botocore.config import Config
 
@@ -27,6 +29,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between tries, doubling
 SAY_AFTER, SAY_EVERY = 10.0, 30.0  # seconds of trouble
 Answer = TypeVar("Answer")
 
+_models = botocore.loaders.create_loader()  # what a client costs is reading them: 100 ms against 15
 _jitter = random.SystemRandom()  # ranks that share a seed are not to come back all at once
 _said = -math.inf  # when this process last told of trouble
 
@@ -169,7 +172,9 @@ def make_client() -> BaseClient:
         tcp_keepalive=True,
         response_checksum_validation="when_required",  # there are none of a range; samples have their crc32
     )
-    session = boto3.session.Session()
+    settings = botocore.session.Session()
+    settings.register_component("data_loader", _models)
+    session = boto3.session.Session(botocore_session=settings)
     region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
     try:
         return session.client("s3", region_name=region, config=config)

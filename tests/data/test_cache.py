@@ -217,3 +217,29 @@ def test_other_shards_do_not_wait_for_a_slow_one(encoded: Path, tmp_path: Path, 
         assert not waiting.done()
         go_on.set()
         assert bytes(waiting.result()) == (encoded / slow.name).read_bytes()[:3]
+
+
+def test_processes_that_take_each_others_room_read_nothing_wrong(encoded: Path, index: Index, folder: Path) -> None:
+    """Room for two shards, three processes that read five at random: files vanish all the time."""
+    contents = {shard.name: (encoded / shard.name).read_bytes() for shard in index.shards}
+    room = 2 * max(shard.size for shard in index.shards)
+
+    def rank(seed: int) -> None:
+        cache = ShardCache(open_store(encoded), folder, room)
+        random = np.random.default_rng(seed)
+        with ThreadPoolExecutor(2) as threads:
+
+            def read(number: int) -> None:
+                shard = index.shards[number]
+                assert cache.read(shard, 0, shard.size) == contents[shard.name]
+
+            list(threads.map(read, random.integers(0, 5, 60).tolist()))
+
+    ranks = [FORK.Process(target=rank, args=(seed,)) for seed in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+        assert process.exitcode == 0
+    kept(folder)
+    assert sum(path.stat().st_size for path in folder.glob("*.tar")) <= room

@@ -49,17 +49,19 @@ def store(prefix: str) -> S3Store:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
-    """Seconds that stores wait now; with one timeout more all must have ended."""
-    for name, value in {"CONNECT_TIMEOUT": 0.3, "READ_TIMEOUT": 0.3, "FIRST_PAUSE": 0.02, "LONGEST_PAUSE": 0.2}.items():
+def proxy(server: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Stands before the server of every store that is opened from now on; they try again soon."""
+    for name, value in {"CONNECT_TIMEOUT": 0.5, "READ_TIMEOUT": 0.5, "FIRST_PAUSE": 0.02, "LONGEST_PAUSE": 0.1}.items():
         monkeypatch.setattr(s3_requests, name, value)
-    monkeypatch.setenv(s3_requests.DEADLINE_NAME, "1")
-    return 1.0
-
-
-@pytest.fixture
-def proxy(server: Seaweed, impatient: float, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """Stands before the server of every store that is opened from now on; they are impatient."""
+    monkeypatch.setenv(s3_requests.DEADLINE_NAME, "20")
     with FaultProxy(server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         yield proxy
+
+
+@pytest.fixture
+def impatient(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Seconds that every store waits that is opened from now on."""
+    monkeypatch.setattr(s3_requests, "READ_TIMEOUT", 0.2)
+    monkeypatch.setenv(s3_requests.DEADLINE_NAME, "0.5")
+    return 0.5

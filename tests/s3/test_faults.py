@@ -12,6 +12,7 @@ import pytest
 from s3.conftest import BUCKET
 from s3.fault_proxy import Fault, FaultProxy, drip, early_close, flip, refuse, reset, shorten, stall
 
+from benchmarks.seaweed import Seaweed
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.cache import ShardCache
 from diffussm.data.encode import encode
@@ -69,13 +70,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def uploaded(folder: Path, server: Seaweed) -> str:
+    """The prefix of the same data set in the bucket."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in server.environment.items():
+            environment.setenv(name, value)
+        store = S3Store(BUCKET, "faults")
+        for path in folder.iterdir():
+            store.put(path.name, path)
+    return "faults"
+
+
 @pytest.fixture
-def store(folder: Path, proxy: FaultProxy, prefix: str) -> S3Store:
-    """The same data set behind the proxy."""
-    store = S3Store(BUCKET, prefix)
-    for path in folder.iterdir():
-        store.put(path.name, path)
-    return store
+def store(uploaded: str, proxy: FaultProxy) -> S3Store:
+    """The data set, behind the proxy."""
+    return S3Store(BUCKET, uploaded)
 
 
 @pytest.fixture(params=["ranges", "cache"])
@@ -106,6 +116,7 @@ def test_a_fault_that_passes(reader: SampleReader, folder: Path, proxy: FaultPro
     assert proxy._rules[-1].times == 0
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", FOR_EVER)
 def test_a_fault_that_stays(reader: SampleReader, store: S3Store, folder: Path, proxy: FaultProxy, name: str) -> None:
     fault, line = FOR_EVER[name]
