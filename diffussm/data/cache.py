@@ -121,9 +121,11 @@ class ShardCache:
 
     def _set_aside(self, size: int, part: Path) -> bool:
         with self._locked(self._folder / "lock"):
-            part.unlink(missing_ok=True)
             for left in self._folder.glob("*.part"):
-                self._remove_abandoned(left)
+                if self._lock(left.stem) == self._lock(part.stem):
+                    left.unlink()  # we hold its lock
+                else:
+                    self._remove_abandoned(left)
             kept = {}
             for path in self._folder.iterdir():
                 if path.suffix in (".tar", ".part"):
