@@ -68,16 +68,20 @@ def early_close(at: int) -> Fault:
     return spoil
 
 
-def shorten(at: int, total: bool = False) -> Fault:
-    """Fewer bytes, and a head that fits them; with ``total`` as if the whole object ended there."""
+def shorten(at: int, total: bool = False, multiple: int = 1) -> Fault:
+    """Fewer bytes, and a head that fits them; with ``total`` as if the whole object ended there.
+
+    Args:
+        multiple: of so many bytes is where the object is cut.
+    """
 
     def spoil(answer: Answer) -> None:
-        answer.body = answer.body[:at]
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"])
+        first, size = map(int, match.groups())
+        end = (first + at) // multiple * multiple
+        answer.body = answer.body[: end - first]
         answer.headers["Content-Length"] = str(len(answer.body))
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-        if match:
-            end = int(match[1]) + len(answer.body)
-            answer.headers["Content-Range"] = f"bytes {match[1]}-{end - 1}/{end if total else match[2]}"
+        answer.headers["Content-Range"] = f"bytes {first}-{end - 1}/{end if total else size}"
         answer.send()
 
     return spoil

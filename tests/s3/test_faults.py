@@ -3,6 +3,7 @@ shard; never fewer, never others, and in time."""
 
 from __future__ import annotations
 
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,14 +29,13 @@ from diffussm.errors import UserError
 pytestmark = pytest.mark.s3
 
 BATCH = 20
-MEMBER = 2560  # bytes of the tar from one sample's numbers to the next one's
-CUT = 10 * MEMBER  # near a member's end: see test_where_a_cut_falls
+SAMPLE_BYTES = 2048  # of the tar: a cut at a multiple is at the end of a member
 FAULTS: dict[str, Fault] = {
     "reset": reset(9000),
     "early close": early_close(9000),
     "shortened": shorten(9000),
-    "cut at the end of a member": shorten(CUT),
-    "cut with all that tells of it": shorten(CUT, total=True),
+    "cut at the end of a member": shorten(20_000, multiple=SAMPLE_BYTES),
+    "cut with all that tells of it": shorten(20_000, total=True, multiple=SAMPLE_BYTES),
     "flipped bit": flip(5),
     "503": refuse(503, "SlowDown"),
     "expired credentials": refuse(403, "ExpiredToken"),
@@ -44,8 +44,11 @@ FAULTS: dict[str, Fault] = {
 FOR_EVER: dict[str, tuple[Fault, str]] = {
     "reset": (reset(0), "no connection to|closed the connection"),
     "early close": (early_close(0), "the connection ended after"),
-    "cut at the end of a member": (shorten(CUT), "not the range from"),
-    "cut with all that tells of it": (shorten(CUT, total=True), "sample 0000.-0000.. is unreadable: the file ends"),
+    "cut at the end of a member": (shorten(20_000, multiple=SAMPLE_BYTES), "not the range from"),
+    "cut with all that tells of it": (
+        shorten(20_000, total=True, multiple=SAMPLE_BYTES),
+        "sample 0000.-0000.. is unreadable: the file ends",
+    ),
     "flipped bit": (flip(5), "sample 0000.-0000.. is unreadable: its bytes have changed"),
     "503": (refuse(503, "SlowDown"), "the server answered 503 SlowDown: given up at try"),
     "404": (refuse(404, "NoSuchKey"), "sample 0000.-0000.. is unreadable: No such object"),
@@ -107,6 +110,14 @@ def read_epoch(reader: SampleReader, folder: Path) -> Iterator[None]:
             np.testing.assert_array_equal(moments, expected_moments)
             np.testing.assert_array_equal(labels, expected_labels)
             yield
+
+
+def test_where_samples_end(folder: Path) -> None:
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            assert [member.offset for member in tar if member.name.endswith(".cls")] == [
+                SAMPLE_BYTES * place for place in range(50)
+            ]
 
 
 @pytest.mark.parametrize("name", FAULTS)
