@@ -84,6 +84,7 @@ def change_entry(*keys: Any, to: Any) -> Callable[[dict], None]:
         (change_entry("shards", 0, "size", to=4096), "lies outside its shard"),
         (change_entry("shards", 0, to="shard-00000.tar"), "'name' is not a str"),
         (change_entry("shards", 0, "etag", to=5), "'etag' is not a str"),
+        (change_entry("shards", 0, "sha256", to="../../../../etc/passwd"), "has no sha256, but"),
         (change_entry("shards", to={}), "'shards' is not a list"),
         (change_entry("shards", to=[]), "counts 230 samples, its shards 0"),
         (change_entry("latent", "shape", to=[4, 4, 5]), "not all samples are of 80 bytes"),
@@ -133,6 +134,7 @@ def saved(array: np.ndarray) -> bytes:
     [
         ("offset", 1 << 40, "outside its shard"),
         ("offset", (1 << 64) - 1, "outside its shard"),
+        ("offset", 5000, "do not follow each other"),
         ("length", 1, "not all samples are of 64 bytes"),
         ("label", -1, "names no class"),
         ("label", 5, "names no class"),

@@ -38,8 +38,8 @@ class Answer:
 
     def more(self, body: bytes) -> None:
         if self.handler.command != "HEAD":
-            self.handler.wfile.write(body)
             self.proxy.bytes_sent += len(body)
+            self.handler.wfile.write(body)
 
     def hang_up(self) -> None:
         self.handler.close_connection = True
@@ -156,6 +156,7 @@ class FaultProxy:
         endpoint: the proxy's URL.
         requests: "METHOD path" of each that has come.
         bytes_sent: of answers' bodies.
+        rules: what is spoiled, in turn, and how often yet.
     """
 
     upstream: str
@@ -163,12 +164,12 @@ class FaultProxy:
     requests: list[str] = field(default_factory=list)
     bytes_sent: int = 0
     closing: threading.Event = field(default_factory=threading.Event)
-    _rules: list[Rule] = field(default_factory=list)
+    rules: list[Rule] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def inject(self, fault: Fault, times: float = math.inf, method: str = "GET", part: str = "") -> None:
         """Spoil the next answers to requests whose path has ``part`` in it."""
-        self._rules.append(Rule(fault, times, method, part))
+        self.rules.append(Rule(fault, times, method, part))
 
     def __enter__(self) -> FaultProxy:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -186,7 +187,7 @@ class FaultProxy:
     def _pick(self, method: str, path: str) -> Fault:
         with self._lock:
             self.requests.append(f"{method} {path}")
-            for rule in self._rules:
+            for rule in self.rules:
                 if rule.times > 0 and rule.method == method and rule.part in path:
                     rule.times -= 1
                     return rule.fault

@@ -124,7 +124,7 @@ def test_where_samples_end(folder: Path) -> None:
 def test_a_fault_that_passes(reader: SampleReader, folder: Path, proxy: FaultProxy, name: str) -> None:
     proxy.inject(FAULTS[name], times=1, part=".tar")
     assert len(list(read_epoch(reader, folder))) == 10
-    assert proxy._rules[-1].times == 0
+    assert proxy.rules[-1].times == 0
 
 
 @pytest.mark.usefixtures("impatient")

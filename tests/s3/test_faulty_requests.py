@@ -169,7 +169,7 @@ def test_every_request_is_tried_again(store: S3Store, proxy: FaultProxy, name: s
     for method, call in calls:
         proxy.inject(fault, times=2, method=method)
         assert call()
-        assert proxy._rules[-1].times == 0
+        assert proxy.rules[-1].times == 0
     assert store.list() == {}
 
 
@@ -181,7 +181,7 @@ def test_a_put_whose_answer_is_lost_is_no_failure(
         monkeypatch.setattr(s3_transfer, "PARTS_FROM", 1)
     proxy.inject(lose, times=1, method="POST" if parts else "PUT", part="uploadId" if parts else "")
     stat = store.put("a", CONTENT, if_absent=True)
-    assert proxy._rules[-1].times == 0 and stat == store.stat("a") and store.read("a") == CONTENT
+    assert proxy.rules[-1].times == 0 and stat == store.stat("a") and store.read("a") == CONTENT
     with pytest.raises(FileExistsError):  # the same bytes, and yet another's
         store.put("a", CONTENT, if_absent=True)
 
