@@ -271,8 +271,9 @@ class Report:
             print(f"  {goal.line(width)}")
         print("figures")
         for row in self.rows:
-            figures = (f"{key} {_number(value)}" for key, value in row.items() if key not in ("name", "ratio"))
-            print(f"  {row['name']:{width}}  {'  '.join(figures)}")
+            figures = [f"{key} {_number(value)}" for key, value in row.items() if key not in ("name", "ratio")]
+            if figures:
+                print(f"  {row['name']:{width}}  {'  '.join(figures)}")
         for note in self.notes:
             print(note)
         print(", ".join(f"{key} {value}" for key, value in machine.items()))
