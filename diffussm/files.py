@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from diffussm.errors import UserError
+
+TEMPORARY_FOLDER = re.compile(r"\.(.+)\.[a-z0-9_]{8}")  # of atomic_path; it holds a file of that name, or nothing yet
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
 def atomic_path(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is fsynced and renamed to ``path``, on failure removed.
 
+    A process that is killed meanwhile leaves a hidden folder: :func:`remove_temporaries`.
+
     Raises:
         FileExistsError: ``path`` exists, and ``replace`` is False.
+        OSError: the disk or the quota is full; it names ``path``.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        fsync(temporary)
-        if replace:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)
-    fsync(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            fsync(temporary)
+            if replace:
+                os.replace(temporary, path)
+            else:
+                os.link(temporary, path)
+        fsync(path.parent)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
@@ -45,6 +60,40 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, which does not exist yet, or copy it: to another disk, or where it is another user's.
+
+    As a new file would have them are owner, group and permissions of ``target``, and, where it is one file with
+    ``source``, of that.
+    """
+    target.touch()
+    new, old = target.stat(), source.stat()
+    if (old.st_dev, old.st_uid, old.st_gid) == (new.st_dev, new.st_uid, new.st_gid):
+        target.unlink()
+        with suppress(OSError):  # a file system without links, or a file that has too many
+            os.link(source.resolve(), target)
+    if target.exists() and target.samefile(source):
+        target.chmod(stat.S_IMODE(new.st_mode))
+    else:
+        shutil.copyfile(source, target)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes have left of :func:`atomic_path`, at any depth, as far as this user may.
+
+    Nobody may be writing there meanwhile.
+    """
+    for parent, folders, _ in os.walk(folder):
+        for name in folders:
+            path, match = Path(parent, name), TEMPORARY_FOLDER.fullmatch(name)
+            if match and not path.is_symlink():
+                with suppress(FileNotFoundError, PermissionError):
+                    inside = list(path.iterdir())
+                    if all(file.name == match[1] and file.is_file() for file in inside):
+                        shutil.rmtree(path)
+        folders[:] = [name for name in folders if name[0] != "."]
 
 
 def fsync(path: str | Path) -> None:
@@ -63,6 +112,19 @@ def sha256_of(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Keep the other threads and processes out that call this for the same ``path``, which they wait for.
+
+    An empty hidden file beside it stays: were it removed, two could hold the lock, each on a file of its own.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def hold_lock(path: str | Path) -> IO[str]:

@@ -70,6 +70,14 @@ class Incomplete(Exception):
     """An answer that is not all of what was asked for."""
 
 
+class Refused(UserError):
+    """The server has answered, and will not do it."""
+
+
+class Changed(UserError):
+    """The object is another version than the one that was asked for."""
+
+
 class Expired(Exception):
     """The credentials have run out, or cannot be had just now: try with new ones."""
 
@@ -94,7 +102,7 @@ def trouble(error: Exception, url: str, client: BaseClient | None, worked: bool)
         FileNotFoundError: there is no such object.
         FileExistsError: there is one, against the condition.
         Expired: new credentials may help.
-        UserError: trying again cannot help.
+        UserError: trying again cannot help; Refused, if the server says so.
     """
     if isinstance(error, Incomplete):
         return str(error)
@@ -133,7 +141,7 @@ def _refusal(error: ClientError, url: str, worked: bool) -> str:
     advice = ADVICE.get(code) or (ADVICE["AccessDenied"] if status == 403 else f"the server refuses: {status} {code}")
     if worked and code in KEY_CODES:
         raise Expired(advice) from error
-    raise UserError(f"{url}: {advice}") from error
+    raise Refused(f"{url}: {advice}") from error
 
 
 def _connection_problem(error: Exception, url: str, host: str, worked: bool) -> str:

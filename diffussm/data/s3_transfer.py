@@ -14,12 +14,13 @@ from typing import Any
 from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 
-from diffussm.data.s3_errors import Incomplete, code_of
+from diffussm.data.s3_errors import Changed, Incomplete, code_of
 from diffussm.data.s3_requests import Patience, Requests
 from diffussm.data.store import Stat
 from diffussm.errors import UserError
 
 Answer = dict[str, Any]
+IF_ABSENT = {"IfNoneMatch": "*"}
 PIECE_BYTES = 256 << 10  # taken from a connection at once
 PARTS_FROM = 64 << 20  # an object of so many bytes is sent in parts
 PART_BYTES = 16 << 20
@@ -54,7 +55,8 @@ class Download:
 
         Raises:
             Incomplete: not all of it has arrived.
-            UserError: the object is another version, or arrives too slowly.
+            Changed: the object is another version.
+            UserError: it arrives too slowly.
         """
         try:
             answer = client.get_object(**self._place, **self._conditions())
@@ -100,32 +102,47 @@ class Download:
             self._etag, self._content = etag_of(answer), bytearray(end - first)
             self._patience.expect(end - first)
 
-    def _changed(self) -> UserError:
-        return UserError(
+    def _changed(self) -> Changed:
+        return Changed(
             f"{self._patience.url} has changed since it was first looked at: let what writes it end, then start again"
         )
 
 
 class Upload:
-    """An object on its way to S3, whole or, if it is large, in parts. Arguments as of :meth:`Store.put`."""
+    """An object on its way to S3, whole or, if it is large, in parts.
+
+    Args:
+        place: bucket and key.
+        condition: on what is there now, as requests say it; {}: none.
+    """
 
     def __init__(
-        self, requests: Requests, place: dict[str, str], url: str, content: bytes | Path, if_absent: bool
+        self,
+        requests: Requests,
+        place: dict[str, str],
+        url: str,
+        content: bytes | bytearray | Path,
+        condition: dict[str, str],
     ) -> None:
         self._requests = requests
         self._place = place
         self._url = url
         self._content = content
-        self._size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        self._condition = {"IfNoneMatch": "*"} if if_absent else {}
+        self._size = content.stat().st_size if isinstance(content, Path) else len(content)
+        self._condition = condition
         self._token = uuid.uuid4().hex
 
     def run(self) -> Stat:
-        """Raises as :meth:`Store.put`."""
+        """Send it.
+
+        Raises:
+            FileExistsError: the condition does not hold.
+            FileNotFoundError: nor can it: there is no such object.
+        """
         try:
             answer = self._put_whole() if self._size < PARTS_FROM else self._put_parts()
-        except (FileExistsError, UserError):
-            answer = self._find_own()  # what a first try wrote, and its answer was lost
+        except (FileExistsError, UserError) as error:  # a first try may have written it, and its answer was lost
+            answer = self._find_own(0 if isinstance(error, UserError) else math.inf)
             if answer is None:
                 raise
         return Stat(self._size, etag_of(answer))
@@ -159,16 +176,16 @@ class Upload:
                 self._send(lambda client: client.abort_multipart_upload(**place), ABORT_SECONDS)
             raise
 
-    def _part(self, start: int, length: int) -> bytes:
-        if isinstance(self._content, bytes):
+    def _part(self, start: int, length: int) -> bytes | bytearray:
+        if not isinstance(self._content, Path):
             return self._content[start : start + length]
         with self._content.open("rb") as file:
             file.seek(start)
             return file.read(length)
 
-    def _find_own(self) -> Answer | None:
+    def _find_own(self, seconds: float) -> Answer | None:
         try:
-            answer = self._send(lambda client: head(client, self._place), 0, least_tries=1)
+            answer = self._send(lambda client: head(client, self._place), seconds, least_tries=1)
         except (OSError, UserError):
             return None
         return answer if answer["Metadata"].get(TOKEN) == self._token else None

@@ -160,11 +160,14 @@ def test_missing_and_refused(store: S3Store, proxy: FaultProxy) -> None:
 def test_every_request_is_tried_again(store: S3Store, proxy: FaultProxy, name: str) -> None:
     fault = PASSING[name][0]
     calls: list[tuple[str, Callable[[], object]]] = [
-        ("PUT", lambda: store.put("a", b"1").size == 1),
+        ("PUT", lambda: store.put("a", b"0").size == 1),
+        ("HEAD", lambda: store.swap("a", b"0", b"1") is None),
         ("HEAD", lambda: store.stat("a").size == 1),
         ("HEAD", lambda: store.exists("a") and not store.exists("b")),
         ("GET", lambda: list(store.list()) == ["a"]),
         ("DELETE", lambda: store.delete("a") is None),
+        ("GET", lambda: store.delete_all("a/") is None),
+        ("GET", lambda: store.sweep() is None),
     ]
     for method, call in calls:
         proxy.inject(fault, times=2, method=method)
@@ -186,12 +189,81 @@ def test_a_put_whose_answer_is_lost_is_no_failure(
         store.put("a", CONTENT, if_absent=True)
 
 
+LOST = {
+    "no answer": lose,
+    "503": refuse(503, "SlowDown"),
+    "409": refuse(409, "ConditionalRequestConflict"),
+}  # of what has been done
+
+
+@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_swap_whose_answer_is_lost_is_no_failure(
+    store: S3Store, proxy: FaultProxy, old: bytes | None, name: str
+) -> None:
+    if old is not None:
+        store.put("a", old)
+
+    def lose_more(answer: Answer) -> None:
+        proxy.inject(refuse(503, "SlowDown"), times=1, method="HEAD")  # when it looks whose the object is
+        LOST[name](answer)
+
+    proxy.inject(lose_more, times=1, method="PUT")
+    store.swap("a", old, b"new")
+    assert proxy.rules[-1].times == proxy.rules[-2].times == 0 and store.read("a") == b"new"
+    with pytest.raises(FileExistsError):  # the same bytes, and yet another's
+        store.swap("a", old, b"new")
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+@pytest.mark.parametrize("what", ["replaced", "replaced by the same", "deleted"])
+def test_what_happens_between_the_requests_of_a_swap(
+    store: S3Store, proxy: FaultProxy, server: Seaweed, prefix: str, method: str, what: str
+) -> None:
+    other = boto3.client("s3", endpoint_url=server.endpoint)
+    place = {"Bucket": BUCKET, "Key": f"{prefix}/a"}
+    store.put("a", b"old")
+
+    def meanwhile(answer: Answer) -> None:
+        if what == "deleted":
+            other.delete_object(**place)
+        else:
+            other.put_object(**place, Body=b"other" if what == "replaced" else b"new")
+        answer.send()
+
+    proxy.inject(meanwhile, times=1, method=method)
+    with pytest.raises(FileExistsError, match=re.escape(f"{store}/a")):
+        store.swap("a", b"old", b"new")
+    assert proxy.rules[-1].times == 0
+    if what == "deleted":
+        assert not store.exists("a")
+    else:
+        assert store.read("a") == (b"other" if what == "replaced" else b"new")
+
+
+def test_a_swap_of_what_is_not_there_any_more(store: S3Store, proxy: FaultProxy) -> None:
+    store.put("a", b"old")
+    proxy.inject(refuse(404, "NoSuchKey"), times=1, method="PUT")  # as AWS answers to If-Match
+    with pytest.raises(FileExistsError):
+        store.swap("a", b"old", b"new")
+
+
+def test_sweep_needs_no_permission(store: S3Store, proxy: FaultProxy, prefix: str) -> None:
+    for method, part in (("GET", "uploads"), ("DELETE", "uploadId")):
+        boto3.client("s3").create_multipart_upload(Bucket=BUCKET, Key=f"{prefix}/a")
+        proxy.inject(refuse(403, "AccessDenied"), times=1, method=method, part=part)
+        store.sweep()
+        assert proxy.rules[-1].times == 0
+    store.sweep()
+
+
 @pytest.mark.usefixtures("impatient")
 def test_no_parts_stay_of_an_upload_that_fails(
     store: S3Store, proxy: FaultProxy, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_transfer, "PARTS_FROM", 1)
     monkeypatch.setattr(s3_transfer, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3_requests, "READ_TIMEOUT", 10)  # so much takes a busy machine a while
     proxy.inject(refuse(503, "SlowDown"), method="PUT", part="partNumber=2")
     with pytest.raises(UserError, match="the server answered 503 SlowDown"):
         store.put("a", bytes(11 << 20))

@@ -11,6 +11,7 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
+from botocore.stub import Stubber
 from s3.conftest import BUCKET
 
 from benchmarks.seaweed import SECRET_KEY, Seaweed
@@ -113,6 +114,101 @@ def test_one_of_many_writers_wins(store: S3Store) -> None:
     assert won.count(True) == 1 and store.read("a") == b"%d" % won.index(True)
 
 
+def test_swap(store: S3Store) -> None:
+    with pytest.raises(FileExistsError, match="a/latest"):
+        store.swap("a/latest", b"", b"1")
+    store.swap("a/latest", None, b"1")
+    for old in (None, b"", b"0"):
+        with pytest.raises(FileExistsError, match="Somebody else has written it"):
+            store.swap("a/latest", old, b"2")
+    assert store.read("a/latest") == b"1"
+    store.swap("a/latest", b"1", b"")
+    store.swap("a/latest", b"", b"2")
+    assert store.read("a/latest") == b"2" and list(store.list()) == ["a/latest"]
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_one_of_many_that_swap_wins(prefix: str, old: bytes | None) -> None:
+    if old is not None:
+        S3Store(BUCKET, prefix).put("latest", old)
+    begin = threading.Barrier(16)
+
+    def swap(number: int) -> bool:
+        store = S3Store(BUCKET, prefix)  # a client of its own, as another machine has
+        begin.wait()
+        try:
+            store.swap("latest", old, b"%d" % number)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as threads:
+        won = list(threads.map(swap, range(16)))
+    assert won.count(True) == 1 and S3Store(BUCKET, prefix).read("latest") == b"%d" % won.index(True)
+
+
+def test_no_swap_is_lost(store: S3Store) -> None:
+    store.put("count", b"0")
+
+    def count(_: int) -> None:
+        done = 0
+        while done < 5:
+            old = bytes(store.read("count"))
+            try:
+                store.swap("count", old, b"%d" % (int(old) + 1))
+            except FileExistsError:
+                continue
+            done += 1
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(count, range(4)))
+    assert store.read("count") == b"20"
+
+
+def test_delete_all(store: S3Store) -> None:
+    for name in ("c/1/manifest.json", "c/1/a", "c/1/b/c", "c/10/a", "c/2"):
+        store.put(name, b"")
+    store.delete_all("c/1/", first="c/1/manifest.json")
+    store.delete_all("c/1/", first="c/1/manifest.json")
+    assert list(store.list()) == ["c/10/a", "c/2"]
+    for prefix, first in (("", None), ("/", None), ("c", None), ("c/1/../../", None), ("c/1/", "c/2")):
+        with pytest.raises(UserError):
+            store.delete_all(prefix, first)
+    assert list(store.list()) == ["c/10/a", "c/2"]
+    store.delete_all("c/")
+    assert store.list() == {}
+
+
+def unfinished(prefix: str) -> list[str]:
+    """The keys of the uploads below it that nobody has completed."""
+    uploads = boto3.client("s3").list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+    return sorted(upload["Key"] for upload in uploads if upload["Key"].startswith(prefix))
+
+
+def test_sweep_ends_unfinished_uploads(prefix: str) -> None:
+    client = boto3.client("s3")
+    for key in (f"{prefix}/a/b", f"{prefix}/a/b", f"{prefix}/a/c/d", f"{prefix}/ab"):
+        client.create_multipart_upload(Bucket=BUCKET, Key=key)
+    store = S3Store(BUCKET, f"{prefix}/a")
+    store.put("x", b"1")
+    store.sweep()
+    store.sweep()
+    assert unfinished(prefix) == [f"{prefix}/ab"] and list(store.list()) == ["x"]
+
+
+def test_sweep_turns_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = s3_requests.make_client()
+    monkeypatch.setattr(s3_requests, "make_client", lambda: client)
+    query, markers = {"Bucket": BUCKET, "Prefix": "p/"}, {"KeyMarker": "p/a", "UploadIdMarker": "1"}
+    with Stubber(client) as answers:
+        page = {"IsTruncated": True, "NextKeyMarker": "p/a", "NextUploadIdMarker": "1"}
+        answers.add_response("list_multipart_uploads", page | {"Uploads": [{"Key": "p/a", "UploadId": "1"}]}, query)
+        answers.add_response("abort_multipart_upload", {}, {"Bucket": BUCKET, "Key": "p/a", "UploadId": "1"})
+        answers.add_response("list_multipart_uploads", {"IsTruncated": False}, query | markers)
+        S3Store(BUCKET, "p").sweep()
+        answers.assert_no_pending_responses()
+
+
 @pytest.mark.parametrize("if_absent", [False, True])
 def test_large_objects_go_in_parts(
     store: S3Store, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, if_absent: bool
@@ -121,7 +217,7 @@ def test_large_objects_go_in_parts(
     monkeypatch.setattr(s3_transfer, "PART_BYTES", 5 << 20)
     content = np.random.default_rng(0).bytes((11 << 20) + 7)
     (tmp_path / "source").write_bytes(content)
-    for source in (content, tmp_path / "source"):
+    for source in (content, bytearray(content), tmp_path / "source"):
         stat = store.put("a", source, if_absent)
         assert stat == store.stat("a") == store.list()["a"] and stat.size == len(content) and stat.etag.endswith("-3")
         assert store.read("a", etag=stat.etag) == content
@@ -130,8 +226,7 @@ def test_large_objects_go_in_parts(
             with pytest.raises(FileExistsError):
                 store.put("a", source, if_absent=True)
             store.delete("a")
-    uploads = boto3.client("s3").list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
-    assert not [upload for upload in uploads if upload["Key"].startswith(prefix)]
+    assert not unfinished(prefix)
 
 
 def test_forked_processes_share_one_store(store: S3Store) -> None:
@@ -181,7 +276,9 @@ def all_calls(store: S3Store) -> list[Callable[[], object]]:
         lambda: store.stat("a"),
         lambda: store.exists("a"),
         lambda: store.put("a", b""),
+        lambda: store.swap("a", b"", b""),
         lambda: store.delete("a"),
+        lambda: store.delete_all("a/"),
         lambda: store.list(),
     ]
 
