@@ -1,4 +1,7 @@
-"""The sharded EMA against a full one, at every ZeRO stage; on three ranks, sizes do not divide evenly."""
+"""Partitions, sharded averages and the figures of a run against full ones, at every ZeRO stage.
+
+On three ranks, sizes do not divide evenly.
+"""
 
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 2), (2, 3), (3, 3)])
-def test_equals_a_full_average_bit_for_bit(stage, ranks, tmp_path):
+def test_equals_what_is_computed_in_full(stage, ranks, tmp_path):
     torchrun = str(Path(sys.executable).parent / "torchrun")
     worker = str(Path(__file__).parent / "ema_worker.py")
     port = str(runs.free_port())
