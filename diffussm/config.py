@@ -97,13 +97,24 @@ class TrainConfig:
         clip: largest norm of the gradient; 0: no clipping.
         warmup_images: the learning rate rises linearly over them.
         decay_images: the learning rate falls linearly to 0 over the last of them; 0: constant.
-        ema_images: length of the weights' moving average. Decay 0.9999 at 256 images a step is 2.56e6.
+        ema_images: length of the weights' moving average, or several; the first is drawn from. Decay 0.9999 at 256
+            images a step is 2.56e6.
         log_images: between two records of the log.
         checkpoint_images: between two checkpoints.
         sample_images: between two grids of samples; 0: none.
+        checkpoints: folder or s3:// URL of the checkpoints; null: checkpoints/ in the run's folder.
         keep_checkpoints: how many of the newest to keep.
-        resume: auto goes on from the run's newest complete checkpoint; none needs a new run; else the path of a
-            checkpoint, for a new run. DeepSpeed unpickles it: give only one that you trust.
+        keep_every_images: keep, too, the first past each multiple of so many; 0: none.
+        keep_best: keep, too, the one with the least value of this scalar of the log, such as loss/total; null: none.
+        resume: auto goes on from the run's newest complete checkpoint; none needs a new run; else the path or s3:// URL
+            of a checkpoint, for a new run.
+        init_from: path or s3:// URL that a new run takes its first weights from, whatever resolution they were trained
+            at: a checkpoint, of which the first average counts; a .safetensors file; or what torch.load reads with
+            weights_only.
+        compile: backend of torch.compile, such as inductor; null: none.
+        max_hours: after them the run saves and stops, as at SIGTERM; 0: no limit.
+        hang_minutes: without progress, after which every rank shows where it hangs and ends; 0: never.
+        max_skipped: steps in a row whose loss or gradient is not finite, which are skipped, before the run stops.
     """
 
     seed: int = 0
@@ -120,12 +131,25 @@ class TrainConfig:
     clip: float = 1.0
     warmup_images: int = 0
     decay_images: int = 0
-    ema_images: float = 2.56e6
+    ema_images: float | list[float] = 2.56e6
     log_images: int = 25_600
     checkpoint_images: int = 1_280_000
     sample_images: int = 1_280_000
+    checkpoints: str | None = None
     keep_checkpoints: int = 2
+    keep_every_images: int = 0
+    keep_best: str | None = None
     resume: str = "auto"
+    init_from: str | None = None
+    compile: str | None = None
+    max_hours: float = 0.0
+    hang_minutes: float = 30.0
+    max_skipped: int = 10
+
+    @property
+    def ema_lengths(self) -> list[float]:
+        """``ema_images`` as a list."""
+        return list(self.ema_images) if isinstance(self.ema_images, list) else [self.ema_images]
 
 
 @dataclass
@@ -168,11 +192,19 @@ class Config:
             ("train.clip", train.clip >= 0, "≥ 0"),
             ("train.warmup_images", train.warmup_images >= 0, "≥ 0"),
             ("train.decay_images", 0 <= train.decay_images <= train.total_images, "in 0..train.total_images"),
-            ("train.ema_images", train.ema_images > 0, "positive"),
+            (
+                "train.ema_images",
+                len({round(n) for n in train.ema_lengths if n >= 1}) == len(train.ema_lengths) > 0,
+                "at least 1, and each another",
+            ),
             ("train.log_images", train.log_images >= 1, "at least 1"),
             ("train.checkpoint_images", train.checkpoint_images >= 1, "at least 1"),
             ("train.sample_images", train.sample_images >= 0, "≥ 0; 0 draws no samples"),
             ("train.keep_checkpoints", train.keep_checkpoints >= 1, "at least 1"),
+            ("train.keep_every_images", train.keep_every_images >= 0, "≥ 0; 0 keeps none beside the newest"),
+            ("train.max_hours", train.max_hours >= 0, "≥ 0; 0 is no limit"),
+            ("train.hang_minutes", train.hang_minutes >= 0, "≥ 0; 0 never ends a run that hangs"),
+            ("train.max_skipped", train.max_skipped >= 0, "≥ 0"),
         ):
             if not ok:
                 section, name = key.split(".")

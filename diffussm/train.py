@@ -3,6 +3,7 @@
     deepspeed diffussm/train.py --deepspeed ds_configs/zero2.json                        the embedded default
     deepspeed diffussm/train.py --deepspeed ds_configs/zero2.json --config run.yaml --train.lr 2e-4
     torchrun --nproc_per_node 8 diffussm/train.py --deepspeed ds_configs/zero2.json --config run.yaml
+    mpirun -np 8 python diffussm/train.py --deepspeed ds_configs/zero2.json --config run.yaml
     python diffussm/train.py                                                             one process
 
 Run again after an interruption, it goes on from the newest complete checkpoint. `--help` lists every key.
@@ -10,7 +11,6 @@ Run again after an interruption, it goes on from the newest complete checkpoint.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from diffussm.config import parse
 from diffussm.data.prepare import ensure_encoded
 from diffussm.errors import run_command
 from diffussm.files import hold_lock
-from diffussm.training.cluster import connect
+from diffussm.training.cluster import connect, identify
 from diffussm.training.engine import read_ds_config
 from diffussm.training.trainer import Trainer
 
@@ -27,11 +27,12 @@ def main() -> None:
     launch = parse(sys.argv[1:])
     ds_config = read_ds_config(launch.deepspeed)
     data = launch.config.data
-    if os.environ.get("RANK", "0") == "0":  # the others wait for it in connect()
+    identity = identify()
+    if identity.rank == 0:  # the others wait for it in connect()
         lock = hold_lock(Path(launch.config.run_dir) / "lock")  # noqa: F841 - held until this process ends
         if data.prepare:
             ensure_encoded(data.prepare, data.path)
-    Trainer(launch.config, ds_config, connect()).fit()
+    Trainer(launch.config, ds_config, connect(identity)).fit()
 
 
 if __name__ == "__main__":

@@ -9,25 +9,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from diffussm.autoencoders.codec import codec_from_spec
 from diffussm.commands.common import Parser, emit_json
 from diffussm.config import Config, SampleConfig, from_dict
+from diffussm.data.store import open_store
 from diffussm.diffusion.samplers import SAMPLERS
 from diffussm.errors import UserError
 from diffussm.files import write_json
 from diffussm.pictures import save_png
 from diffussm.sampling import GRID_CLASSES, class_rows, draw_images, save_npz
 from diffussm.training import checkpoint
+from diffussm.training.checkpoint import MANIFEST, META, Checkpoint, ema_kind
 
 RUNS = "runs/*/checkpoints/latest"
 
 
 def main() -> None:
     arguments = parse_arguments()
-    folder = find_checkpoint(arguments.source)
-    model, meta = checkpoint.load_model(folder)
+    found = find_checkpoint(arguments.source)
+    meta = found.meta
+    average = arguments.ema_images or meta["ema_images"][0]
+    model = checkpoint.load_model(found, ema_kind(average))
     config: Config = from_dict(meta["config"])
     settings = SampleConfig(
         sampler=arguments.sampler or config.sample.sampler,
@@ -61,12 +66,12 @@ def main() -> None:
             title=title,
         )
 
-    out = arguments.out or folder.parent.parent / "samples"
+    out = arguments.out or samples_folder(found)
     record = {
         "samples": "samples.npz",
-        "checkpoint": str(folder),
+        "checkpoint": str(found),
         "images_seen": meta["images"],
-        "weights": f"EMA of {config.train.ema_images:,.0f} images",
+        "weights": f"EMA of {average:,.0f} images",
         "data": {"path": config.data.path, "reference": config.data.reference},
         "count": arguments.count,
         "classes": [meta["class_names"][c] for c in classes],
@@ -89,7 +94,7 @@ def main() -> None:
     save_png(out / "grid.png", class_rows(images, labels, classes))
     write_json(out / "samples.json", record)
     if arguments.json != "-":
-        print(f"{arguments.count} images of {folder} (after {meta['images']:,}), {settings.sampler}, {settings.steps}")
+        print(f"{arguments.count} images of {found} (after {meta['images']:,}), {settings.sampler}, {settings.steps}")
         print(f"steps, guidance {record['guidance']:g}: {record['images_per_second']:.1f} images/s")
         for row, c in enumerate(classes[:GRID_CLASSES]):
             print(f"  row {row + 1:2}  {meta['class_names'][c]}")
@@ -103,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
         "python tools/sample.py runs/fashion32 --classes Sandal,Bag --count 64 --out sandals-and-bags",
     )
     parser.add_argument(
-        "source", nargs="?", type=Path, help="folder of a run or a checkpoint (default: newest in runs/)"
+        "source", nargs="?", help="a run's folder, a checkpoint, or checkpoints in S3 (default: newest in runs/)"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the files (default: RUN/samples)")
     parser.add_argument("--count", type=int, default=1000, metavar="N", help="images (default: %(default)s)")
@@ -114,6 +119,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the run's)")
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="classifier-free; 1: none (default: the run's)")
     parser.add_argument("--guidance-channels", type=int, metavar="K", help="guide only the first K, as DiT did with 3")
+    parser.add_argument(
+        "--ema-images", type=float, metavar="N", help="length of the average, of those kept (default: the first)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="image i is a function of it (default: 0)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images a batch (default: %(default)s)")
     parser.add_argument("--autoencoder", metavar="ID", help="hub id or folder of its weights (default: the run's)")
@@ -127,21 +135,33 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def find_checkpoint(source: Path | None) -> Path:
+def find_checkpoint(source: str | None) -> Checkpoint:
     """The checkpoint that ``source`` is, or the newest complete one of the run that it is, or of the newest run."""
     if source is None:
         runs = sorted(Path().glob(RUNS), key=lambda path: path.stat().st_mtime)
         if not runs:
             raise UserError(f"no checkpoint: no {RUNS} here: train first, or name a run or a checkpoint")
-        source = runs[-1].parent.parent
-    if (source / "meta.json").exists():
-        return source
-    found = checkpoint.find(source / "checkpoints")
+        source = str(runs[-1].parent)
+    store = open_store(source)
+    if store.exists(MANIFEST) or store.exists(META):
+        found = Checkpoint.at(source)
+        found.verify()
+        return found
+    if store.exists("config.yaml"):
+        values = yaml.safe_load(bytes(store.read("config.yaml")))
+        store = open_store(values["train"].get("checkpoints") or f"{source}/checkpoints")
+    found = checkpoint.find(store)
     if found is None:
         raise UserError(
             f"{source} holds no complete checkpoint: it is neither a checkpoint nor a run that has saved one"
         )
     return found
+
+
+def samples_folder(found: Checkpoint) -> Path:
+    """Where samples go by default: samples/ in the run's folder, or here where the checkpoint is in S3 or elsewhere."""
+    run = Path(str(found.store)).parent
+    return run / "samples" if (run / "config.yaml").is_file() else Path("samples")
 
 
 def chosen_classes(text: str | None, names: list[str]) -> list[int]:

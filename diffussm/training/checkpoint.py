@@ -1,88 +1,194 @@
-"""Checkpoints that are complete or invisible.
+"""Checkpoints that are complete or invisible, in a folder or below an s3:// URL.
 
-    checkpoints/latest                 one line: the name of the newest, for people and other programs
-    checkpoints/images-000048000/
-        meta.json                      what the weights are: model, data, codec, config, progress
-        ema.safetensors                the averaged weights, fp32, by parameter name
-        deepspeed/                     DeepSpeed's own shards: weights and optimizer of each rank
-        manifest.json                  size and sha256 of each of these files; written last
+    checkpoints/latest                  one line: the name of the newest
+    checkpoints/best                    likewise, of the best by train.keep_best
+    checkpoints/images-000000048000/
+        rank-00000.safetensors ...      fp32: the pieces of parameters that each rank's optimizer held, of each kind
+        meta.json                       what the weights are: model, data, codec, config, progress
+        manifest.json                   written last: size and sha256 of each file, and where each piece lies
 
-A checkpoint is written under a temporary name, and renamed once its manifest is on the disk; then `latest` is replaced.
-Whatever is killed in between, a reader meets the old state or the new one.
+Each file appears whole, and a checkpoint exists once its manifest does: whatever is killed in between, a reader meets
+the old state or the new one. Kinds are ``weight``, Adam's ``exp_avg`` and ``exp_avg_sq``, and ``ema-LENGTH`` for each
+average. Pieces have names of parameters, so any number of ranks at any ZeRO stage reads them. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
-import os
-import shutil
+import math
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
 from diffussm.config import from_dict
+from diffussm.data.store import Store, open_store
 from diffussm.errors import UserError
-from diffussm.files import fsync, sha256_of, write_atomically, write_json
 from diffussm.models.diffussm import DiffuSSM, ModelConfig
+from diffussm.training.tensor_file import Entry, read_header, read_ranges
 
-FORMAT = "diffussm-checkpoint/1"
-ENGINE = "deepspeed"  # the tag under which DeepSpeed writes into the folder
-
-
-def save(
-    folder: Path, meta: dict[str, Any], ema: dict[str, Tensor], save_engine: Callable[[Path], None],
-    is_main: bool, barrier: Callable[[], None], keep: int,
-) -> Path:  # fmt: skip
-    """Save a checkpoint, publish it, and remove all but the newest ``keep``. Collective: every rank calls it.
-
-    Args:
-        folder: the run's `checkpoints/`.
-        meta: JSON types; see :func:`load_meta`.
-        ema: averaged weights by parameter name.
-        save_engine: makes the engine write its shards into a folder; collective too.
-        is_main: true on the one rank that writes what is common.
-        barrier: waits for all ranks.
-        keep: at least 1.
-
-    Returns:
-        The published folder.
-    """
-    final = folder / f"images-{meta['images']:012d}"
-    partial = folder / f".{final.name}.partial"
-    if is_main:
-        for leftover in folder.glob(".*"):  # of a killed run: the lock on the run says that it has ended
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    save_engine(partial)
-    if is_main:
-        save_file(ema, partial / "ema.safetensors")
-        write_json(partial / "meta.json", meta)
-    barrier()  # all shards are written
-    if is_main:
-        files = {}
-        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
-            fsync(path)
-            files[path.relative_to(partial).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        write_json(partial / "manifest.json", files)
-        if final.exists():  # a torn one of the same progress, which loading has passed over
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        fsync(folder)
-        write_atomically(folder / "latest", final.name + "\n")
-        for old in [path for path in _by_progress(folder) if path < final][keep - 1 :]:
-            shutil.rmtree(old)
-    barrier()
-    return final
+FORMAT = "diffussm-checkpoint/2"
+PREFIX, MANIFEST, META = "images-", "manifest.json", "meta.json"
+PIECE_BYTES = 16 << 20  # read at once to verify
+Piece = tuple[str, int, int]  # parameter, first element, elements
+Wanted = tuple[str, str, int, Tensor]  # kind, parameter, first element, flat tensor to fill
 
 
-def find(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run's `checkpoints/`, or None. Torn ones are passed over, with a warning."""
-    for candidate in _by_progress(folder):
+def name_of(images: int) -> str:
+    """Of the checkpoint at ``images`` seen."""
+    return f"{PREFIX}{images:012d}"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def ema_kind(length: float) -> str:
+    """The kind of tensors that an average over ``length`` images is."""
+    return f"ema-{length:.0f}"
+
+
+class Checkpoint:
+    """A published checkpoint, ``name`` in ``store``. What is read of it is as large as what is asked for."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name = store, name
+
+    @classmethod
+    def at(cls, place: str | Path) -> Checkpoint:
+        """The checkpoint at a path or an s3:// URL."""
+        parent, _, name = str(place).rstrip("/").rpartition("/")
+        return cls(open_store(parent or "."), name)
+
+    def __str__(self) -> str:
+        return f"{self.store}/{self.name}"
+
+    @functools.cached_property
+    def manifest(self) -> dict[str, Any]:
+        """``files`` {name: {size, sha256}}, ``pieces`` {rank file: [Piece, ...]}, ``shapes`` {parameter: [...]}.
+
+        Raises:
+            UserError: there is none, or it is not of this format.
+        """
+        try:
+            table = json.loads(bytes(self._read(MANIFEST)))
+            names = table["files"].keys() | table["pieces"].keys()
+            if table["format"] != FORMAT:
+                raise UserError(f"{self} is of format {table['format']!r}, this version reads {FORMAT!r}")
+            sound = META in table["files"] and all(len(PurePosixPath(name).parts) == 1 for name in names)
+            sound = sound and table["pieces"].keys() <= table["files"].keys() and ".." not in names
+            sound = sound and all(type(f["size"]) is int and type(f["sha256"]) is str for f in table["files"].values())
+        except FileNotFoundError:
+            raise UserError(f"{self} is not a complete checkpoint: it has no {MANIFEST}") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{self} is torn: {MANIFEST} cannot be read ({error})") from None
+        if not sound:
+            raise UserError(f"{self} is torn: {MANIFEST} does not list the files of a checkpoint")
+        return table
+
+    @functools.cached_property
+    def meta(self) -> dict[str, Any]:
+        """images, world_size, zero_stage and config of the run; channels, num_classes, class_names, codec,
+        latent_shape, scale and shift of its data; metrics. UserError if it is none."""
+        try:
+            meta = json.loads(bytes(self._read(META)))
+            if meta["format"] != FORMAT:
+                raise UserError(f"{self} is of format {meta['format']!r}, this version reads {FORMAT!r}")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self} is not a checkpoint of diffussm: {META}: {error}") from None
+        return meta
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of tensors that it holds."""
+        return ["weight", "exp_avg", "exp_avg_sq", *map(ema_kind, self.meta["ema_images"])]
+
+    def verify(self, share: slice = slice(None)) -> None:
+        """Read its files, or every so many of them, and raise UserError, naming it, if one is not as it was written."""
+        for name in sorted(self.manifest["files"])[share]:
+            expected = self.manifest["files"][name]
+            digest = hashlib.sha256()
+            try:
+                if self.store.stat(f"{self.name}/{name}").size != expected["size"]:
+                    raise UserError(f"{self} is torn: {name} is not the file that was saved")
+                for start in range(0, expected["size"], PIECE_BYTES):
+                    digest.update(self._read(name, start, min(PIECE_BYTES, expected["size"] - start)))
+            except FileNotFoundError:
+                raise UserError(f"{self} is torn: {name} is missing") from None
+            if digest.hexdigest() != expected["sha256"]:
+                raise UserError(f"{self} is torn: {name} is not the file that was saved")
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        """All of a kind by parameter name, fp32 on the CPU. Raises as :meth:`fill`."""
+        shapes = {name: torch.Size(shape) for name, shape in self.manifest["shapes"].items()}
+        flat = {name: torch.empty(shape.numel()) for name, shape in shapes.items()}
+        self.fill((kind, name, 0, tensor) for name, tensor in flat.items())
+        return {name: tensor.view(shapes[name]) for name, tensor in flat.items()}
+
+    def fill(self, wanted: Iterable[Wanted]) -> None:
+        """Fill flat tensors, on any device, with parts of parameters, whichever ranks' files hold them.
+
+        Raises:
+            UserError: it does not hold all of that.
+        """
+        holders = defaultdict(list)  # parameter: (file, first element, elements)
+        for file, pieces in self.manifest["pieces"].items():
+            for name, start, size in pieces:
+                holders[name].append((file, start, size))
+        reads = defaultdict(list)  # file: (tensor's name in it, elements to pass over, where to put it)
+        for kind, name, start, target in wanted:
+            found = 0
+            for file, first, size in holders[name]:
+                begin, end = max(start, first), min(start + target.numel(), first + size)
+                if begin < end:
+                    reads[file].append((f"{kind}:{name}", begin - first, target[begin - start : end - start]))
+                    found += end - begin
+            if found != target.numel():
+                raise UserError(f"{self} holds {found:,} of {target.numel():,} elements of {name}, {kind}")
+        for file, parts in reads.items():
+            self._fill_from(file, parts)
+
+    def _fill_from(self, file: str, parts: list[tuple[str, int, Tensor]]) -> None:
+        entries = self._entries(file)
+        staged = []
+        for name, skip, target in parts:
+            entry = entries.get(name)
+            if entry is None or entry.dtype != torch.float32:
+                raise UserError(f"{self}: {file} has no fp32 tensor {name}")
+            start = entry.start + skip * entry.dtype.itemsize
+            if start + target.nbytes > entry.end:
+                raise UserError(f"{self}: {file} has less of {name} than {MANIFEST} says")
+            staged.append((start, target if target.device.type == "cpu" else torch.empty(target.numel()), target))
+        try:
+            read_ranges(functools.partial(self._read, file), [(start, stage) for start, stage, _ in staged])
+        except (OSError, EOFError) as error:
+            raise UserError(f"{self}: {file} cannot be read: {error}") from error
+        for _, stage, target in staged:
+            if stage is not target:
+                target.copy_(stage)
+
+    def _entries(self, file: str) -> dict[str, Entry]:
+        return read_header(functools.partial(self._read, file), self.manifest["files"][file]["size"], f"{self}/{file}")
+
+    def _read(self, file: str, start: int = 0, length: int | None = None) -> Any:
+        return self.store.read(f"{self.name}/{file}", start, length)
+
+
+def complete(store: Store) -> list[Checkpoint]:
+    """The published checkpoints of a run's `checkpoints/`, the newest first."""
+    names = [PurePosixPath(name) for name in store.list(PREFIX)]
+    return [Checkpoint(store, path.parent.name) for path in sorted(names, reverse=True) if path.name == MANIFEST]
+
+
+def find(store: Store, verify: Callable[[Checkpoint], None] = Checkpoint.verify) -> Checkpoint | None:
+    """The newest whole checkpoint, or None. Torn ones are passed over, with a warning."""
+    for candidate in complete(store):
         try:
             verify(candidate)
             return candidate
@@ -91,39 +197,30 @@ def find(folder: Path) -> Path | None:
     return None
 
 
-def verify(checkpoint: Path) -> None:
-    """Raise UserError, naming the file, unless every file of the checkpoint is as it was written."""
-    try:
-        files = json.loads((checkpoint / "manifest.json").read_text())
-        expected = [(checkpoint / name, entry["size"], entry["sha256"]) for name, entry in files.items()]
-    except FileNotFoundError:
-        raise UserError(f"{checkpoint} is not a complete checkpoint: it has no manifest.json") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{checkpoint} is torn: manifest.json cannot be read ({error})") from None
-    if not {"meta.json", "ema.safetensors"} <= files.keys() or any(".." in Path(name).parts for name in files):
-        raise UserError(f"{checkpoint} is torn: manifest.json does not list the files of a checkpoint")
-    for path, size, sha256 in expected:
-        if not path.is_file():
-            raise UserError(f"{checkpoint} is torn: {path.name} is missing")
-        if path.stat().st_size != size or sha256_of(path) != sha256:
-            raise UserError(f"{checkpoint} is torn: {path.name} is not the file that was saved")
+def surplus(checkpoints: list[Checkpoint], last: int, every_images: int, best: str | None) -> list[Checkpoint]:
+    """Those to remove: neither of the ``last`` newest, nor the first past a multiple of ``every_images``, nor the best.
+
+    Args:
+        checkpoints: the newest first.
+        every_images: 0: no multiples count.
+        best: name of a metric, of which less is better; None: no best.
+    """
+    kept = set(checkpoints[:last])
+    passed = 0
+    for checkpoint in reversed(checkpoints) if every_images else ():
+        if checkpoint.meta["images"] // every_images > passed:
+            kept.add(checkpoint)
+            passed = checkpoint.meta["images"] // every_images
+    if best and (found := best_of(checkpoints, best)):
+        kept.add(found)
+    return [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
 
 
-def load_meta(checkpoint: Path) -> dict[str, Any]:
-    """meta.json: images, world_size, zero_stage and config of the run; channels, num_classes, class_names, codec,
-    latent_shape, scale and shift of its data. UserError if it is none."""
-    try:
-        meta = json.loads((checkpoint / "meta.json").read_text())
-        if meta["format"] != FORMAT:
-            raise UserError(f"{checkpoint} has format {meta['format']}, which this version does not read")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint of diffussm: meta.json: {error}") from None
-    return meta
-
-
-def load_ema(checkpoint: Path) -> dict[str, Tensor]:
-    """The averaged weights by parameter name, fp32 on the CPU."""
-    return load_file(checkpoint / "ema.safetensors")
+def best_of(checkpoints: list[Checkpoint], metric: str) -> Checkpoint | None:
+    """That with the least value of a metric, of equals the newest; None where no checkpoint has the metric."""
+    scored = [(c.meta["metrics"].get(metric), c) for c in checkpoints]
+    scored = [(value, c) for value, c in scored if value is not None and math.isfinite(value)]
+    return min(scored, key=lambda item: item[0])[1] if scored else None
 
 
 def make_model(meta: dict[str, Any]) -> DiffuSSM:
@@ -131,18 +228,18 @@ def make_model(meta: dict[str, Any]) -> DiffuSSM:
     return DiffuSSM(from_dict(meta["config"]["model"], ModelConfig), meta["channels"], meta["num_classes"])
 
 
-def load_model(checkpoint: Path) -> tuple[DiffuSSM, dict[str, Any]]:
-    """(network with the averaged weights, in eval mode; meta). UserError if the checkpoint is torn or foreign."""
-    verify(checkpoint)
-    meta = load_meta(checkpoint)
-    model = make_model(meta)
+def load_model(checkpoint: Checkpoint, kind: str | None = None) -> DiffuSSM:
+    """The network with a kind of weights, by default the first average, in eval mode.
+
+    Raises:
+        UserError: the checkpoint is foreign, or has no such kind.
+    """
+    kind = kind or ema_kind(checkpoint.meta["ema_images"][0])
+    if kind not in checkpoint.kinds:
+        raise UserError(f"{checkpoint} has no weights {kind}, but {', '.join(checkpoint.kinds)}")
+    model = make_model(checkpoint.meta)
     try:
-        model.load_state_dict(load_ema(checkpoint))
+        model.load_state_dict(checkpoint.tensors(kind))
     except RuntimeError as error:
-        raise UserError(f"{checkpoint}: ema.safetensors does not fit the model of its meta.json: {error}") from None
-    return model.eval(), meta
-
-
-def _by_progress(folder: Path) -> list[Path]:
-    """Published checkpoints, the newest first."""
-    return sorted(folder.glob("images-*"), reverse=True)
+        raise UserError(f"{checkpoint}: its weights do not fit the model of its {META}: {error}") from None
+    return model.eval()

@@ -1,26 +1,165 @@
-"""Which rank this process is, and on which device: the one place that asks the launcher."""
+"""Which rank this process is, and on which device: the one place that asks the launcher.
+
+deepspeed, torchrun   RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+srun                  SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID; the first host of the step is the master
+mpirun                MPI introduces the processes to each other, and ends there
+none                  one process
+"""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import glob
 import os
 import signal
+import socket
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.utils.cpp_extension import get_default_build_root
 
 from diffussm.errors import UserError
+from diffussm.training.extensions import announce_compilation, extensions, remove_stale_locks
 
 Result = TypeVar("Result")
+MPI_SIGNS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE")  # any one
+PORTS = range(20_000, 30_000)  # of which a SLURM job's master takes one
+JOIN_NAME, JOIN_MINUTES = "DIFFUSSM_JOIN_MINUTES", 10.0
+PATIENCE = timedelta(days=1)  # of collectives: how long a rank may wait for others is the watchdog's to say
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this process is among those of a launch, by ``launcher``'s word. Alone it needs no master."""
+
+    launcher: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    master: tuple[str, int] = ("127.0.0.1", 0)
+
+    def export(self) -> None:
+        """Have the environment say so, as torch and DeepSpeed read it."""
+        address, port = self.master
+        os.environ |= {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+        }
+
+
+def identify() -> Identity:
+    """Ask the launcher, and export the answer. Under mpirun all processes call it together.
+
+    Raises:
+        UserError: it does not say all, or the announced processes would each train alone.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        found = _by_environment()
+    elif "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and not _under_mpi():
+        found = _by_slurm()
+    elif _under_mpi():
+        found = _by_mpi()
+    else:
+        found = Identity("none")
+    announced = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
+    if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_STEP_ID", "batch").isdigit():  # inside srun
+        announced = max(announced, int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
+    if found.world_size == 1 < announced:
+        raise UserError(
+            f"the launcher has started {announced} processes, but each would be alone: RANK and WORLD_SIZE are set to "
+            "one process; unset them, or start with torchrun, deepspeed, srun or mpirun alone"
+        )
+    found.export()
+    return found
+
+
+def _by_environment() -> Identity:
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if os.environ["WORLD_SIZE"] != "1" else ():
+        if name not in os.environ:
+            raise UserError(
+                f"the launcher set RANK but not {name}: start with deepspeed or torchrun, or export it "
+                "(MASTER_ADDR=the first host, MASTER_PORT=29500)"
+            )
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
+    if launched:  # torchrun's child, or deepspeed's
+        end_with_the_launcher()
+    number = {name: int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return Identity(
+        "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "deepspeed" if launched else "the environment",
+        number["RANK"],
+        number["WORLD_SIZE"],
+        number["LOCAL_RANK"],
+        (os.environ.get("MASTER_ADDR", "127.0.0.1"), number["MASTER_PORT"]),
+    )
+
+
+def _by_slurm() -> Identity:
+    size = int(os.environ["SLURM_STEP_NUM_TASKS"])
+    if size == 1:
+        return Identity("srun")
+    address = os.environ.get("MASTER_ADDR")
+    if address is None:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+        try:
+            listed = subprocess.run(
+                ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True, timeout=60
+            )
+            address = listed.stdout.split()[0]
+        except (OSError, subprocess.SubprocessError, IndexError) as error:
+            raise UserError(
+                f"{size} processes, but no MASTER_ADDR, and scontrol does not tell the first of {nodes!r}: "
+                "export MASTER_ADDR=the first host"
+            ) from error
+    port = os.environ.get("MASTER_PORT") or PORTS[int(os.environ.get("SLURM_JOB_ID", "0")) % len(PORTS)]
+    local_rank = int(os.environ.get("SLURM_LOCALID", "0"))
+    return Identity("srun", int(os.environ["SLURM_PROCID"]), size, local_rank, (address, int(port)))
+
+
+def _under_mpi() -> bool:
+    return any(name in os.environ for name in MPI_SIGNS)
+
+
+def _by_mpi() -> Identity:
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except ImportError as error:
+        raise UserError(
+            f"mpirun has started this process, but mpi4py does not work here ({error}): pip install mpi4py, and "
+            f"install the MPI that mpirun is of"
+        ) from error
+    MPI.Init()
+    world = MPI.COMM_WORLD
+    rank, size = world.Get_rank(), world.Get_size()
+    local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+    host = "127.0.0.1" if world.allreduce(local_rank, MPI.MAX) == size - 1 else socket.gethostname()
+    master = world.bcast((os.environ.get("MASTER_ADDR", host), int(os.environ.get("MASTER_PORT", 0)) or _free_port()))
+    MPI.Finalize()
+    end_with_the_launcher()
+    return Identity("mpirun", rank, size, local_rank, master)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return found.getsockname()[1]
+
+
+def end_with_the_launcher() -> None:
+    """Have the system end this process when its launcher is killed: a rank left over would go on writing."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -32,19 +171,25 @@ class Cluster:
         world_size: number of processes.
         local_rank: its number on this host, which picks the device; never the global rank.
         device: where it computes.
+        host: name of the machine.
+        control: group for small messages, on the CPU.
+        saving: likewise, for threads that save.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    host: str
+    control: dist.ProcessGroup
+    saving: dist.ProcessGroup
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(self.control)
 
     def from_main(self, function: Callable[[], Result]) -> Result:
         """What ``function`` returns on rank 0, on every rank; a UserError that it raises there, likewise."""
@@ -54,81 +199,51 @@ class Cluster:
                 answer[0] = function()
             except UserError as error:
                 answer[1] = str(error)
-        dist.broadcast_object_list(answer)
+        dist.broadcast_object_list(answer, group=self.control)
         if answer[1] is not None:
             raise UserError(answer[1])
         return answer[0]
 
 
-def connect() -> Cluster:
-    """Join the group that the launcher (deepspeed, torchrun, or none: one process) describes in the environment."""
+def connect(identity: Identity | None = None) -> Cluster:
+    """Join the group of all ranks, as who this process is by :func:`identify`.
+
+    Raises:
+        UserError: there is no GPU for this rank, or others do not come within DIFFUSSM_JOIN_MINUTES (10).
+    """
+    identity = identity or identify()
     import deepspeed  # slow to import: bad arguments are reported before it
     from deepspeed.utils import logger
 
-    logger.setLevel("WARNING")
+    logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
-    if "RANK" not in os.environ:
-        os.environ |= {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-        }
-    elif "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:  # torchrun's child, or deepspeed's
-        end_with_the_launcher()
-    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise UserError(f"the launcher set RANK but not {name}: start with deepspeed or torchrun, or export it")
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}")
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+        if identity.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {identity.local_rank} on {socket.gethostname()} has no GPU: this host shows "
+                f"{torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(identity.local_rank)
+        device = torch.device("cuda", identity.local_rank)
     else:
         device = torch.device("cpu")
-    if device.type == "cpu":
-        _announce_compilation(rank)
-        remove_stale_locks(_extensions())
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    if (joined := dist.get_world_size()) != world_size:
-        raise UserError(f"joined a group of {joined} ranks where the launcher announced {world_size}")
-    return Cluster(rank, world_size, local_rank, device)
-
-
-def end_with_the_launcher() -> None:
-    """Have the system end this process when its launcher is killed: a rank left over would go on writing."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _extensions() -> Path:
-    """Where torch keeps what DeepSpeed has it compile."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-
-
-def _announce_compilation(rank: int) -> None:
-    if rank == 0 and not any(_extensions().rglob("deepspeed_shm_comm.so")):
-        print("compiling DeepSpeed's CPU communication, once: about a minute", file=sys.stderr, flush=True)
-
-
-def remove_stale_locks(extensions: Path) -> None:
-    """Remove the `lock` files of compilations that were killed: torch would wait for them for ever.
-
-    A compilation that is under way keeps its lock file open, which only Linux tells us.
-    """
-    if sys.platform == "linux":
-        for lock in extensions.rglob("deepspeed_shm_comm/lock"):
-            if not _is_open(lock):
-                lock.unlink(missing_ok=True)
-
-
-def _is_open(path: Path) -> bool:
-    target = os.path.realpath(path)
-    for descriptor in glob.iglob("/proc/[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # closed meanwhile, or another user's
-            if os.readlink(descriptor) == target:
-                return True
-    return False
+        if identity.rank == 0:
+            announce_compilation()
+        remove_stale_locks(extensions())
+    minutes = float(os.environ.get(JOIN_NAME, JOIN_MINUTES))
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=minutes))
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        saving = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        address, port = identity.master
+        raise UserError(
+            f"rank {identity.rank} of {identity.world_size} on {socket.gethostname()} could not meet the others at "
+            f"{address}:{port} within {minutes:g} min ({JOIN_NAME}): look for ranks that have not started: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    dist.distributed_c10d._set_pg_timeout(PATIENCE)
+    if (joined := dist.get_world_size()) != identity.world_size:
+        raise UserError(f"joined a group of {joined} ranks where the launcher announced {identity.world_size}")
+    host = socket.gethostname()
+    return Cluster(identity.rank, identity.world_size, identity.local_rank, device, host, control, saving)

@@ -14,9 +14,12 @@ from diffussm.errors import UserError
 from diffussm.models.block import IntoChannels, MixAndDown
 from diffussm.training.cluster import Cluster
 from diffussm.training.hardware import multiplies_bf16
+from diffussm.training.optimizer import NormedAdamW
 
 # Under torch_autocast DeepSpeed sends the gradients of these in bf16, and all others, the state space's, in fp32.
 LOW_PRECISION_MODULES = [f"{cls.__module__}.{cls.__qualname__}" for cls in (nn.Linear, IntoChannels, MixAndDown)]
+
+OFFLOADED = ("optimizer", "param")
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
@@ -40,6 +43,10 @@ def read_ds_config(path: str) -> dict[str, Any]:
             )
     if config.get("torch_autocast", {}).get("dtype", "bfloat16") not in ("bfloat16", "bf16"):
         raise UserError(f"{path}: torch_autocast.dtype must be bfloat16: float16 overflows without a loss scale")
+    if any(
+        config.get("zero_optimization", {}).get(f"offload_{what}", {}).get("device") == "nvme" for what in OFFLOADED
+    ):
+        raise UserError(f'{path}: offloading to nvme keeps the weights where no average is taken of them: say "cpu"')
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise UserError(f"{path}: {key} belongs to the run's YAML (train.lr, train.warmup_images, ...): remove it")
@@ -112,11 +119,28 @@ def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any
 
 
 def make_engine(model: nn.Module, ds_config: dict[str, Any], train: TrainConfig) -> Any:
-    """DeepSpeed's engine around ``model`` and a client AdamW, whose groups keep their own rates at every ZeRO stage."""
+    """DeepSpeed's engine around ``model`` and a client AdamW, whose groups keep their own rates at every ZeRO stage.
+
+    Raises:
+        UserError: train.compile names no backend of torch.compile.
+    """
     import deepspeed
 
-    optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=train.betas)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    zero = ds_config.get("zero_optimization", {})
+    optimizer = NormedAdamW(
+        parameter_groups(model, train),
+        betas=train.betas,
+        guard=zero.get("stage", 0) == 0,
+        # on a CPU beside GPUs, torch's own fused kernel is what DeepSpeed's would be, and needs no compiler
+        fused=True if zero.get("offload_optimizer", {}).get("device") == "cpu" else None,
+    )
+    ours = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}  # it trusts no subclass
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config | ours)
+    if train.compile:
+        known = torch._dynamo.list_backends(None)
+        if train.compile not in known:
+            raise UserError(f"train.compile {train.compile} is none of torch.compile's backends: {', '.join(known)}")
+        engine.compile(backend=train.compile)
     return engine
 
 

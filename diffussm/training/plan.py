@@ -122,7 +122,7 @@ class Plan:
             "gradients": FP32 * share if stage == 3 else 0,  # of this rank's parameters, allocated once
             "communication": self._buckets() if stage == 3 else 0,
             "optimizer": FP32 * share * (2 if stage == 0 else 3),
-            "EMA": FP32 * share,
+            "EMA": FP32 * share * self._averages,
         }
         accumulated = 0 if self.accumulation == 1 or stage == 3 else FP32 * (share if stage == 2 else P)
         return {
@@ -132,7 +132,7 @@ class Plan:
                 "backward begins": {"gradients": accumulated} | self._backward_begins(),
                 "backward ends": self._backward_ends(share),
                 "optimizer step": self._optimizer_step(share),
-                **({"checkpoint": {"EMA": FP32 * (P + share)}} if self.device == "cpu" else {}),
+                **({"checkpoint": self._checkpoint(share)} if self.device == "cpu" else {}),
             }.items()
         }
 
@@ -181,6 +181,11 @@ class Plan:
             denominator = 2 * denominator if self.zero_stage else 0
         flattened = {0: 1, 1: 2, 2: 2, 3: 1}[self.zero_stage]
         return {"gradients": FP32 * share * flattened, "optimizer": denominator}
+
+    def _checkpoint(self, share: int) -> dict[str, int]:
+        """What is written in the background is a copy in the host's memory, which on a CPU is the rank's."""
+        state = FP32 * share
+        return {"parameters": state, "optimizer": 2 * state, "EMA": self._averages * state}
 
     def _buckets(self) -> int:
         """Stages 1 and 2: two fp32 buckets, of which one is filled while the other travels, for each dtype that they
@@ -254,6 +259,10 @@ class Plan:
         modes = D * state * (3 * FP64 + 7 * COMPLEX128)  # of the discretization, for its gradient
         return modes + 5 * channels * images * signal + 5 * tables + 6 * channels * signal
 
+    @property
+    def _averages(self) -> int:
+        return len(self.config.train.ema_lengths)
+
     def _unit(self) -> int:
         """B·J·D: elements of the residual stream."""
         return self.micro_batch * self.length // self.model.hourglass * self.model.width
@@ -266,8 +275,8 @@ class Plan:
         return FP32 if self.device == "cuda" else self._itemsize()
 
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint, of all ranks: EMA, masters, Adam's moments; at stages 1 and 2 the weights beside them."""
-        return FP32 * self.parameters * (5 if self.zero_stage in (1, 2) else 4)
+        """Of one checkpoint, of all ranks: weights, Adam's moments, the averages."""
+        return FP32 * self.parameters * (3 + self._averages)
 
     # Speed
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.distributed
 EXACT = ("images", "loss/total", "loss/mse", "loss/vlb", "grad_norm", "lr/dense", "lr/ssm")
 
 
+KEPT = [".owner.lock", "images-000000000064", "images-000000000096", "latest", "owner"]
 FILES = ["checkpoints", "config.yaml", "ds_config.json", "lock", "log.jsonl", "tensorboard"]
 
 
@@ -36,7 +37,8 @@ def curve(run: Path) -> list[tuple]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_ema(checkpoint.find(run / "checkpoints"))
+    found = checkpoint.find(open_store(run / "checkpoints"))
+    return {f"{kind}:{name}": tensor for kind in found.kinds for name, tensor in found.tensors(kind).items()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -56,7 +58,7 @@ def test_a_run_leaves_what_it_promises(trained):
     )
     assert all(r["lr/ssm"] == pytest.approx(r["lr/dense"] / 2) for r in records)
     kept = sorted(path.name for path in (trained / "checkpoints").iterdir())
-    assert kept == ["images-000000000064", "images-000000000096", "latest"]
+    assert kept == KEPT
     events = EventAccumulator(str(trained / "tensorboard")).Reload()
     for name in ("loss/total", "loss/mse", "loss/vlb", "grad_norm", "lr/dense", "lr/ssm", "images_per_second", "mfu"):
         assert [e.step for e in events.Scalars(name)] == list(range(8, 97, 8)), name
@@ -75,14 +77,13 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(trained, shades, tmp_path):
     assert curve(run) == curve(trained)
     assert same(weights(run), weights(trained))
     assert sorted(p.name for p in run.iterdir()) == FILES
-    assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] == "latest"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == KEPT
 
 
 def test_a_torn_checkpoint_is_passed_over(trained, shades, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    newest = checkpoint.find(run / "checkpoints")
-    victim = next((newest / "deepspeed").glob("*optim_states.pt"))
+    victim = run / "checkpoints/images-000000000096/rank-00001.safetensors"
     victim.write_bytes(victim.read_bytes()[:-100])
     done = runs.run(runs.command("torchrun", 2, runs.arguments(shades, run)))
     assert done.returncode == 0, done.stderr
@@ -108,7 +109,7 @@ def test_bf16_autocast_keeps_parameters_in_fp32(trained, shades, tmp_path):
     for mine, theirs in zip(log_of(tmp_path / "run"), log_of(trained)[:4], strict=True):
         assert mine["loss/mse"] == pytest.approx(theirs["loss/mse"], rel=0.02)
     for name, weight in weights(tmp_path / "run").items():
-        if name.endswith(("log_dt", "C", "skip", "w0.weight")):
+        if name.startswith("weight:") and name.endswith(("log_dt", "C", "skip", "w0.weight")):
             assert (weight != weight.bfloat16().float()).float().mean() > 0.9, name
 
 
@@ -148,7 +149,7 @@ def test_auto_is_chosen_once_for_all_ranks(shades, tmp_path):
     assert done.returncode == 0, done.stderr
     chosen = yaml.safe_load((run / "config.yaml").read_text())["train"]["ssm_backend"]
     assert chosen in ("fft", "chunked")
-    saved = checkpoint.load_meta(checkpoint.find(run / "checkpoints"))
+    saved = checkpoint.find(open_store(run / "checkpoints")).meta
     assert saved["config"]["train"]["ssm_backend"] == chosen
 
 
@@ -165,11 +166,11 @@ def test_records_between_checkpoints_are_those_of_an_unbroken_run(shades, tmp_pa
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(shades, tmp_path):
     run = tmp_path / "run"
-    args = runs.arguments(shades, run, train__lr=1e30, train__ssm_lr=1e30, train__warmup_images=0, train__clip=0)
-    done = runs.run(runs.command("python", 1, args))
+    keys = {"train__lr": 1e30, "train__ssm_lr": 1e30, "train__warmup_images": 0, "train__max_skipped": 2}
+    done = runs.run(runs.command("python", 1, runs.arguments(shades, run, train__clip=0, **keys)))
     assert done.returncode == 2
-    assert "is not finite at" in errors(done.stderr)[0]
-    assert not (run / "checkpoints").exists()
+    assert "3 steps in a row had a loss that is not finite" in errors(done.stderr)[0]
+    assert not list((run / "checkpoints").glob("images-*"))
 
 
 def test_many_ranks_refuse_with_one_line(trained, shades, tmp_path):
@@ -188,7 +189,6 @@ def test_many_ranks_refuse_with_one_line(trained, shades, tmp_path):
         ({"train__global_batch": 16}, "was saved with global_batch 8, this run has 16"),
         ({"train__seed": 1}, "was saved with seed 0, this run has 1"),
         ({"train__resume": "/nowhere"}, "exists: say auto, or choose another --run_dir"),
-        ({}, "was saved with world size 2, this run has 1"),
     ],
 )
 def test_what_does_not_continue_the_run_is_refused(trained, shades, tmp_path, overrides, line):

@@ -111,7 +111,7 @@ def test_no_checkpoint_and_a_torn_one(trained, tmp_path, monkeypatch, capsys):
         assert end.value.code == 2 and line in capsys.readouterr().err
     torn = tmp_path / "images-000000000096"
     shutil.copytree(trained / "checkpoints" / torn.name, torn)
-    (torn / "ema.safetensors").write_bytes(b"\x00")
+    (torn / "rank-00000.safetensors").write_bytes(b"\x00")
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, torn)
-    assert end.value.code == 2 and "ema.safetensors is not the file that was saved" in capsys.readouterr().err
+    assert end.value.code == 2 and "rank-00000.safetensors is not the file that was saved" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from diffussm.config import TrainConfig
@@ -14,7 +15,9 @@ from diffussm.models.diffussm import DiffuSSM, ModelConfig
 from diffussm.training.cluster import connect
 from diffussm.training.ema import ShardedEMA
 from diffussm.training.engine import make_engine
+from diffussm.training.partition import MOMENTS, Partition
 from diffussm.training.plan import REDUCE_BUCKET
+from diffussm.training.tensor_file import pack
 
 out = Path(sys.argv[1])
 cluster = connect()
@@ -56,16 +59,18 @@ for stage in range(4):
         },
     }
     engine = make_engine(model, ds_config, train)
-    ema = ShardedEMA(engine, length=40)
+    partition = Partition(engine)
+    ema = ShardedEMA(partition, [40])
     for _ in range(2):  # Adam's moments are made in the first step
         engine.backward(engine(torch.randn(2, 4, 4, 4), torch.tensor([1, 2])).square().mean())
         step = held() + peak(engine.step)
     between = held()
-    engine.save_checkpoint(str(out), f"stage{stage}", save_latest=False)
-    cluster.barrier()
-    shards = sum(path.stat().st_size for path in (out / f"stage{stage}").glob("*.pt"))
-    found[stage] = {"between": between - before, "step": step - before, "shards": shards}
-    del model, engine, ema
+    kinds = {"weight": partition.masters, "ema": ema.shadows[40]} | {key: partition.moments(key) for key in MOMENTS}
+    file = pack({f"{kind}:{f.name}": f.of(flats) for kind, flats in kinds.items() for f in partition.fragments})
+    written = torch.tensor(len(file))
+    dist.all_reduce(written)
+    found[stage] = {"between": between - before, "step": step - before, "checkpoint": int(written)}
+    del model, engine, partition, ema, kinds, file
 if cluster.is_main:
     (out / "found.json").write_text(json.dumps(found))
 cluster.barrier()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffussm.training.cluster import remove_stale_locks
+from diffussm.training.extensions import remove_stale_locks
 
 pytestmark = pytest.mark.unit
 

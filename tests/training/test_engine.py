@@ -19,7 +19,7 @@ from diffussm.training.engine import (
 
 pytestmark = pytest.mark.unit
 
-TWO = Cluster(rank=0, world_size=2, local_rank=0, device=torch.device("cpu"))
+TWO = Cluster(rank=0, world_size=2, local_rank=0, device=torch.device("cpu"), host="here", control=None, saving=None)
 
 
 def written(tmp_path, config):

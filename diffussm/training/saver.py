@@ -1,0 +1,236 @@
+"""Writes checkpoints in the background, so that training goes on, and outlasts what may pass: a full disk, a network.
+
+A save copies this rank's pieces to the host's memory; a thread writes them. When all ranks have written theirs, rank 0
+publishes the checkpoint. Where that fails, training goes on and the thread tries again, until the next save: that one
+is written at once, and if it fails as well, the run ends. So no more is lost than what lies between two saves.
+
+`checkpoints/owner` names the process that may publish: one that was cut off, and replaced meanwhile, finds another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffussm.data.store import Store
+from diffussm.errors import UserError
+from diffussm.training import checkpoint
+from diffussm.training.checkpoint import FORMAT, MANIFEST, META, Checkpoint, rank_file
+from diffussm.training.cluster import Cluster
+from diffussm.training.partition import Partition
+from diffussm.training.tensor_file import pack
+
+RETRY_SECONDS = 10  # between two tries to write
+LAST_TRIES = 3  # of a save that training waits for
+OWNER, LATEST, BEST = "owner", "latest", "best"
+
+
+class Saver:
+    """A run's checkpoints, as every rank saves them.
+
+    Args:
+        store: of `checkpoints/`.
+        keep: which checkpoints to remove, of all, the newest first.
+        best: name of the metric whose best checkpoint `best` names.
+
+    Made by every rank; rank 0 takes possession of the place.
+
+    Raises:
+        UserError: another process did so at the same time.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        cluster: Cluster,
+        partition: Partition,
+        surplus: Callable[[list[Checkpoint]], list[Checkpoint]],
+        best: str | None,
+    ) -> None:
+        self._store, self._cluster, self._partition = store, cluster, partition
+        self._surplus, self._best = surplus, best
+        self._job: _Job | None = None
+        self._token = f"{cluster.host} {uuid.uuid4().hex}"
+        self._owner: bytes | None = None
+        cluster.from_main(self._take_over)
+
+    def save(self, meta: dict[str, Any], kinds: dict[str, list[Tensor]], wait: bool) -> None:
+        """Begin to save a checkpoint; where the one before could not be written, or with ``wait``, end it, too.
+
+        Collective: every rank calls it, and what it raises, it raises on every rank.
+
+        Args:
+            meta: JSON types; see :attr:`Checkpoint.meta`.
+            kinds: flat tensors, laid out as the partition's masters.
+
+        Raises:
+            UserError: the checkpoint cannot be written, or another process writes checkpoints to this place.
+        """
+        failed = self.settle()
+        name = checkpoint.name_of(meta["images"])
+        if self._cluster.is_main and self._store.exists(f"{name}/{MANIFEST}"):  # a torn one, which loading passed over
+            self.discard(name)
+        dist.barrier(self._cluster.control)
+        content = pack(
+            {f"{kind}:{f.name}": f.of(flats) for kind, flats in kinds.items() for f in self._partition.fragments}
+        )
+        waiting = wait or bool(failed)
+        self._job = _Job(self, name, meta, content, LAST_TRIES if wait else 1 if failed else math.inf)
+        if waiting and (failed := self.settle()):
+            raise UserError(failed)
+
+    def settle(self) -> str:
+        """Let the save under way end, if there is one. Collective. Returns what has kept it from that, or ""."""
+        job, self._job = self._job, None
+        if job is None:
+            return ""
+        job.tried.wait()
+        failing = torch.tensor(int(job.failing))
+        dist.all_reduce(failing, dist.ReduceOp.MAX, group=self._cluster.control)
+        while job.thread.is_alive():
+            if failing or job.failing:  # the latter: rank 0 can still fail to publish
+                job.give_up.set()
+            job.thread.join(0.02)
+        return job.outcome
+
+    def publish(self, name: str, meta: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        """Make a checkpoint exist whose rank files are all there; then remove those that are surplus.
+
+        Raises:
+            UserError: another process has published in the meantime.
+        """
+        text = (json.dumps(meta, indent=1) + "\n").encode()
+        files = {META: {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
+        files |= {rank_file(rank): record["file"] for rank, record in enumerate(records)}
+        manifest = {
+            "format": FORMAT,
+            "files": files,
+            "shapes": {name: list(shape) for name, shape in self._partition.shapes.items()},
+            "pieces": {rank_file(rank): record["pieces"] for rank, record in enumerate(records)},
+        }
+        self._own(self._owner, name)
+        self._store.put(f"{name}/{META}", text)
+        self._store.put(f"{name}/{MANIFEST}", (json.dumps(manifest) + "\n").encode())
+        self._store.put(LATEST, f"{name}\n".encode())
+        there = [c for c in checkpoint.complete(self._store) if c.name <= name]
+        if self._best and (found := checkpoint.best_of(there, self._best)):
+            self._store.put(BEST, f"{found.name}\n".encode())
+        for old in self._surplus(there):
+            self.discard(old.name)
+
+    def write(self, name: str, content: bytearray) -> dict[str, Any]:
+        """Write this rank's file; what the manifest says of it."""
+        self._store.put(f"{name}/{rank_file(self._cluster.rank)}", content)
+        return {
+            "file": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()},
+            "pieces": [(f.name, f.start, f.size) for f in self._partition.fragments],
+        }
+
+    def discard(self, name: str) -> None:
+        """Remove a checkpoint, or what there is of one."""
+        self._store.delete_all(f"{name}/", first=f"{name}/{MANIFEST}")
+
+    def _take_over(self) -> None:
+        """Take possession, and remove what killed processes have left."""
+        self._own(_read(self._store, OWNER), "")
+        self._store.sweep()
+        published = {c.name for c in checkpoint.complete(self._store)}
+        for name in {path.split("/")[0] for path in self._store.list(checkpoint.PREFIX)} - published:
+            self.discard(name)
+
+    def _own(self, before: bytes | None, name: str) -> None:
+        """Say in `owner` that this process publishes ``name``, if nobody has taken its place."""
+        line = f"{self._token} {name}\n".encode()
+        if line != self._owner:  # as it is at another try to publish the same
+            try:
+                self._store.swap(OWNER, before, line)
+            except FileExistsError:
+                raise UserError(
+                    f"another process has begun to save into {self._store}: only one may train a run: stop one of them"
+                ) from None
+            self._owner = line
+
+
+def _read(store: Store, name: str) -> bytes | None:
+    try:
+        return bytes(store.read(name))
+    except FileNotFoundError:
+        return None
+
+
+class _Job:
+    """One save, in a thread.
+
+    Attributes:
+        tried: this rank's file has been written, or that has failed once.
+        failing: the last try has failed, and others follow until ``give_up`` is set.
+        outcome: once the thread has ended, what has failed, the same on all ranks; or "".
+    """
+
+    def __init__(self, saver: Saver, name: str, meta: dict[str, Any], content: bytearray, tries: float) -> None:
+        self._saver, self._cluster = saver, saver._cluster
+        self._name, self._meta, self._content, self._tries = name, meta, content, tries
+        self.tried, self.give_up = threading.Event(), threading.Event()
+        self.failing = False
+        self.outcome = ""
+        self.thread = threading.Thread(target=self._run, name="saver", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            record = self._try(lambda: self._saver.write(self._name, self._content))
+            del self._content
+            records: list[Any] = [None] * self._cluster.world_size
+            dist.all_gather_object(records, record, group=self._cluster.saving)
+            outcome = [next((r for r in records if isinstance(r, str)), "")]
+            if self._cluster.is_main and not outcome[0]:
+                published = self._try(lambda: self._saver.publish(self._name, self._meta, records))
+                outcome = [published or ""]
+            if self._cluster.is_main and outcome[0]:
+                with contextlib.suppress(OSError, UserError):  # what others have written; else the next start does it
+                    self._saver.discard(self._name)
+            dist.broadcast_object_list(outcome, group=self._cluster.saving)
+            self.outcome = outcome[0]
+        except RuntimeError as error:  # a rank is gone: the collectives of training say so, too
+            self.outcome = f"{self._name} was not saved: {error}"
+        finally:
+            self.tried.set()
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        """What ``action`` returns, once it does not fail; or, when given up, what has failed."""
+        tries = 0
+        while True:
+            try:
+                result = action()
+                self.failing = False
+                self.tried.set()
+                return result
+            except (OSError, UserError) as error:
+                text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+                problem = f"checkpoint {self._name} cannot be written: {text}"
+            tries += 1
+            if tries >= self._tries:
+                return problem
+            if self._tries == math.inf:
+                self.failing = True
+                self.tried.set()
+                self._warn(problem, "training goes on until the next checkpoint, and ends if that fails as well")
+            else:
+                self._warn(problem, f"{self._tries - tries} tries are left")
+            if self.give_up.wait(RETRY_SECONDS):
+                return problem
+
+    def _warn(self, problem: str, outlook: str) -> None:
+        who = f"rank {self._cluster.rank} on {self._cluster.host}"
+        print(f"warning: {who}: {problem}: trying again in {RETRY_SECONDS} s; {outlook}", file=sys.stderr, flush=True)
