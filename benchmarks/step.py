@@ -39,6 +39,7 @@ from diffussm.data.order import SampleOrder
 from diffussm.data.reader import SampleReader
 from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
+from diffussm.data.stream import LatentStream
 from diffussm.diffusion.losses import hybrid_loss
 from diffussm.errors import run_command
 from diffussm.models.diffussm import DiffuSSM
@@ -144,6 +145,19 @@ def batches_of(trainer: Trainer, count: int) -> list[Batch]:
     return [make(step, slice(0, batch), *reader.read(order.step_ids(step, 0, batch))) for step in range(count)]
 
 
+class TimedStream:
+    """A stream whose `next` is another function."""
+
+    def __init__(self, stream: LatentStream[Batch], following: Callable[[], Batch]) -> None:
+        self._stream, self._following = stream, following
+
+    def __next__(self) -> Batch:
+        return self._following()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._stream.state_dict()
+
+
 class PacedTrainer(Trainer):
     """The trainer, before each of whose steps the bare loop makes one of its own, and the time that each takes.
 
@@ -160,15 +174,15 @@ class PacedTrainer(Trainer):
         self.parts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         self.lap_started = time.perf_counter()
 
-    def train_step(self) -> None:
+    def train_step(self) -> str:
         train = self.config.train
         if self.images == train.total_images - WITH_PARTS * train.log_images:
             self.time_parts()
         self.lap("trainer")
-        with self.off_the_clock():
+        with self.clock.part("samples"):  # it does not count in images per second
             self.bare.train_step()
         self.lap("bare")
-        super().train_step()
+        return super().train_step()
 
     def lap(self, who: str) -> None:
         synchronize(self.cluster.device)
@@ -199,7 +213,7 @@ class PacedTrainer(Trainer):
             ("progress", "trainer", self.monitor, "progress"),
         ):
             setattr(owner, method, self.timed(getattr(owner, method), self.parts[part][who]))
-        self.stream = iter(self.timed(self.stream.__next__, self.parts["wait for data"]["trainer"]), None)
+        self.stream = TimedStream(self.stream, self.timed(self.stream.__next__, self.parts["wait for data"]["trainer"]))
 
     def timed(self, function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
         """``function``, which adds to ``seconds`` what each call takes."""

@@ -169,12 +169,12 @@ class Trainer:
             self.say(f"{self.run} is complete; to go on, raise train.total_images above {self.images}")
         self.clock, self.logged_images = StepClock(self.cluster.device), self.images
         with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest(train.max_hours, self.describe))
+            self.stop = stack.enter_context(StopRequest(train.max_hours, self.describe))
             self.dog = stack.enter_context(Watchdog(train.hang_minutes, self.describe))
             stack.enter_context(self.stream)
             while self.images < train.total_images:
                 self.dog.beat(f"the step after {self.images:,} images")
-                stopping = self.train_step(stop)
+                stopping = self.train_step()
                 if self.monitor:
                     self.monitor.progress(self.images)
                 end = self.images >= train.total_images or bool(stopping)
@@ -194,13 +194,13 @@ class Trainer:
         if self.monitor:
             self.monitor.close()
 
-    def train_step(self, stop: StopRequest) -> str:
+    def train_step(self) -> str:
         """One optimizer step on the next global batch.
 
         Returns:
             What asks to stop, if any rank was asked before this step; "" on every rank otherwise.
         """
-        asked = torch.tensor([int(bool(stop.reason)) * (self.cluster.world_size - self.cluster.rank)])
+        asked = torch.tensor([int(self.stop.requested) * (self.cluster.world_size - self.cluster.rank)])
         agreed = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.cluster.control, async_op=True)
         with self.clock.part("data"):
             batch = next(self.stream)
@@ -225,7 +225,7 @@ class Trainer:
             self.skipped.one(self.images - self.config.train.global_batch, finite)
         self.ema.update(self.images, self.config.train.global_batch)
         agreed.wait()
-        return self._reason(stop, int(asked))
+        return self._reason(int(asked))
 
     def loss(self, batch: Batch, finite: torch.Tensor) -> torch.Tensor:
         """The mean loss [] of a micro-batch; ``finite`` [B] is set to which of its images have one that is finite."""
@@ -338,11 +338,11 @@ class Trainer:
         if self.cluster.is_main:
             print(f"warning: {line}", flush=True)
 
-    def _reason(self, stop: StopRequest, asked: int) -> str:
+    def _reason(self, asked: int) -> str:
         """Why to stop, told by the first rank that was asked. Collective where one was."""
         if not asked:
             return ""
-        reason = [stop.reason]
+        reason = [self.stop.reason]
         dist.broadcast_object_list(reason, self.cluster.world_size - asked, group=self.cluster.control)
         return reason[0]
 
