@@ -1,90 +1,246 @@
-"""Checkpoints are complete or invisible, and nothing torn or foreign is loaded."""
+"""Checkpoints are complete or invisible, nothing torn or foreign is loaded, and any cut of the parameters is read."""
+
+from __future__ import annotations
 
 import json
-import shutil
+import struct
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from diffussm.config import Config, to_dict
+from diffussm.data.store import LocalStore, open_store
 from diffussm.errors import UserError
-from diffussm.files import sha256_of
 from diffussm.models.diffussm import DiffuSSM, ModelConfig
-from diffussm.training import checkpoint
+from diffussm.training import checkpoint, saver
+from diffussm.training.checkpoint import Checkpoint
+from diffussm.training.partition import Fragment
+from diffussm.training.tensor_file import pack, read_header
 
 pytestmark = pytest.mark.unit
 
 SIZE = ModelConfig("custom", 16, 1, 2, 4)
 
 
-class Killed(Exception):
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory):
+    """One rank, with its groups."""
+    place = tmp_path_factory.mktemp("rendezvous") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=0, world_size=1)
+    groups = {"control": dist.new_group(backend="gloo"), "saving": dist.new_group(backend="gloo")}
+    yield SimpleNamespace(rank=0, world_size=1, is_main=True, host="here", from_main=lambda f: f(), **groups)
+    dist.destroy_process_group()
+
+
+def model(seed: int = 0) -> DiffuSSM:
+    torch.manual_seed(seed)
+    return DiffuSSM(SIZE, channels=4, num_classes=3)
+
+
+def partition(network: DiffuSSM) -> SimpleNamespace:
+    """All of a network on one rank."""
+    fragments = [
+        Fragment(name, "dense", 0, p.numel(), number, 0) for number, (name, p) in enumerate(network.named_parameters())
+    ]
+    return SimpleNamespace(
+        masters=list(network.parameters()),
+        fragments=fragments,
+        shapes={name: p.shape for name, p in network.named_parameters()},
+    )
+
+
+def make_saver(store, cluster, keep=2, every=0, best=None):
+    def surplus(there):
+        return checkpoint.surplus(there, keep, every, best)
+
+    return saver.Saver(store, cluster, partition(model()), surplus, best)
+
+
+def save(store, cluster, *images, metrics=None, make=None, **keep) -> DiffuSSM:
+    """Checkpoints by one rank, whose average is the weights times 2."""
+    network = model()
+    made = make or make_saver(store, cluster, **keep)
+    for number, seen in enumerate(images):
+        meta = {
+            "format": checkpoint.FORMAT, "images": seen, "config": to_dict(Config(model=SIZE)), "channels": 4,
+            "num_classes": 3, "ema_images": [40.0], "metrics": {"loss/total": metrics[number]} if metrics else {},
+        }  # fmt: skip
+        weights = [p.detach() for p in network.parameters()]
+        kinds = {"weight": weights, "exp_avg": weights, "exp_avg_sq": weights, "ema-40": [2 * p for p in weights]}
+        made.save(meta, kinds, wait=True)
+    return network
+
+
+def names(store) -> list[str]:
+    return [found.name for found in reversed(checkpoint.complete(store))]
+
+
+def name(images: int) -> str:
+    return f"images-{images:012d}"
+
+
+@pytest.fixture
+def store(tmp_path) -> LocalStore:
+    return LocalStore(tmp_path / "checkpoints")
+
+
+def files(store) -> set[str]:
+    root = Path(str(store))
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - {".owner.lock"}
+
+
+def test_round_trip(store, cluster):
+    network = save(store, cluster, 640)
+    found = checkpoint.find(store)
+    loaded = checkpoint.load_model(found)
+    assert found.meta["images"] == 640 and not loaded.training
+    for a, b in zip(network.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(2 * a, b)
+    weights = checkpoint.load_model(found, "weight")
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), weights.parameters(), strict=True))
+    with pytest.raises(UserError, match="no weights ema-7, but weight"):
+        checkpoint.load_model(found, "ema-7")
+
+
+def test_nothing_saved_is_nothing_found(store):
+    assert checkpoint.find(store) is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_parameters_are_read_however_ranks_cut_them(store, ranks):
+    """A file a rank, each with an uneven piece of every parameter: whole tensors, and any part of one."""
+    torch.manual_seed(0)
+    truth = {"a": torch.randn(7, 11), "b": torch.randn(3), "empty": torch.randn(0)}
+    pieces: dict[str, list] = {}
+    for rank in range(ranks):
+        content, mine = {}, []
+        for key, tensor in truth.items():
+            start, end = rank * tensor.numel() // ranks, (rank + 1) * tensor.numel() // ranks
+            if start < end:
+                content[f"weight:{key}"] = tensor.flatten()[start:end]
+                mine.append((key, start, end - start))
+        store.put(f"c/{checkpoint.rank_file(rank)}", pack(content))
+        pieces[checkpoint.rank_file(rank)] = mine
+    table = {file: {"size": store.stat(f"c/{file}").size, "sha256": ""} for file in pieces}
+    manifest = {
+        "format": checkpoint.FORMAT,
+        "files": table | {"meta.json": {"size": 2, "sha256": ""}},
+        "pieces": pieces,
+        "shapes": {key: list(tensor.shape) for key, tensor in truth.items()},
+    }
+    store.put("c/manifest.json", json.dumps(manifest).encode())
+    found = Checkpoint(store, "c")
+    read = found.tensors("weight")
+    assert all(torch.equal(read[key], tensor) for key, tensor in truth.items())
+    part = torch.empty(40)
+    found.fill([("weight", "a", 20, part)])
+    assert torch.equal(part, truth["a"].flatten()[20:60])
+    with pytest.raises(UserError, match="holds 17 of 20 elements of a"):
+        found.fill([("weight", "a", 60, torch.empty(20))])
+    with pytest.raises(UserError, match="no fp32 tensor exp_avg:a"):
+        found.fill([("exp_avg", "a", 0, torch.empty(7))])
+
+
+def test_the_newest_are_kept(store, cluster):
+    save(store, cluster, 1, 2, 3, 4)
+    assert names(store) == [name(3), name(4)]
+    assert bytes(store.read("latest")) == f"{name(4)}\n".encode()
+    assert files(store) == {"latest", "owner"} | {
+        f"{name(n)}/{file}" for n in (3, 4) for file in ("manifest.json", "meta.json", "rank-00000.safetensors")
+    }
+
+
+def test_milestones_and_the_best_are_kept(store, cluster):
+    losses = {10: 9.0, 20: 1.0, 30: 5.0, 40: 4.0, 50: 3.0, 60: 2.0, 70: float("nan")}
+    finite = [loss if loss == loss else None for loss in losses.values()]
+    save(store, cluster, *losses, metrics=finite, keep=1, every=25, best="loss/total")
+    # 30, 50: the first past 25 and 50; 20: the best; 70: the newest
+    assert names(store) == [name(20), name(30), name(50), name(70)]
+    assert bytes(store.read("best")) == f"{name(20)}\n".encode()
+
+
+class Killed(BaseException):
     pass
 
 
-def save(folder, images, keep=2, fail_at=None):
-    """A checkpoint by one rank, whose engine writes two shards; ``fail_at`` dies at the first, second, ... barrier."""
-    model = DiffuSSM(SIZE, channels=4, num_classes=3)
-    config = to_dict(Config(model=SIZE))
-    meta = {"format": checkpoint.FORMAT, "images": images, "config": config, "channels": 4, "num_classes": 3}
-    barriers = iter(range(10))
+class Mortal(LocalStore):
+    """A folder whose process dies at its n-th change."""
 
-    def barrier():
-        if next(barriers) == fail_at:
+    left = 10**9
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left < 0:
             raise Killed
 
-    def save_engine(partial):
-        (partial / checkpoint.ENGINE).mkdir()
-        for rank in range(2):
-            torch.save({"rank": rank}, partial / checkpoint.ENGINE / f"rank{rank}.pt")
+    def put(self, *arguments, **keywords):
+        self._count()
+        result = super().put(*arguments, **keywords)
+        self._count()  # and right after it
+        return result
 
-    checkpoint.save(folder, meta, model.state_dict(), save_engine, is_main=True, barrier=barrier, keep=keep)
-    return model
+    def swap(self, *arguments):
+        self._count()
+        return super().swap(*arguments)
 
-
-def test_round_trip(tmp_path):
-    model = save(tmp_path, 640)
-    found = checkpoint.find(tmp_path)
-    loaded, meta = checkpoint.load_model(found)
-    assert meta["images"] == 640
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    assert not loaded.training
-
-
-def test_nothing_saved_is_nothing_found(tmp_path):
-    assert checkpoint.find(tmp_path / "checkpoints") is None
+    def delete_all(self, prefix, first=None):
+        self._count()
+        if first:
+            self.delete(first)
+        self._count()
+        return super().delete_all(prefix, first)
 
 
-def test_the_newest_are_kept(tmp_path):
-    for images in (1, 2, 3, 4):
-        save(tmp_path, images)
-    assert sorted(p.name for p in tmp_path.glob("images-*")) == [f"images-{n:012d}" for n in (3, 4)]
-    assert checkpoint.find(tmp_path).name == "images-000000000004"
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_death_at_any_moment_leaves_a_whole_checkpoint_and_no_litter_after_the_next(tmp_path, cluster):
+    deaths = 0
+    for moment in range(100):
+        store = Mortal(tmp_path / str(moment))
+        made = make_saver(store, cluster, keep=1)
+        save(store, cluster, 1, make=made)
+        store.left = moment
+        save(store, cluster, 2, make=made)  # the thread that saves dies: nothing is published after that moment
+        died = store.left < 0
+        deaths += died
+        survivor = LocalStore(tmp_path / str(moment))
+        found = checkpoint.find(survivor)
+        assert found.name in (name(1), name(2))
+        for published in checkpoint.complete(survivor):
+            published.verify()
+        save(survivor, cluster, 2, keep=1)
+        assert names(survivor) == [name(2)]
+        assert files(survivor) == {"latest", "owner"} | {
+            f"{name(2)}/{file}" for file in ("manifest.json", "meta.json", "rank-00000.safetensors")
+        }
+        if not died:
+            break
+    assert deaths >= 8
 
 
-@pytest.mark.parametrize("moment", [0, 1])
-def test_a_death_while_saving_leaves_the_old_one_and_no_litter_after_the_next(tmp_path, moment):
-    save(tmp_path, 1)
-    with pytest.raises(Killed):
-        save(tmp_path, 2, fail_at=moment)
-    assert checkpoint.find(tmp_path).name == "images-000000000001"
-    save(tmp_path, 2)
-    assert checkpoint.find(tmp_path).name == "images-000000000002"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["images-000000000001", "images-000000000002", "latest"]
+def test_another_process_takes_over_and_the_first_publishes_no_more(store, cluster):
+    first = make_saver(store, cluster)
+    save(store, cluster, 1, make=first)
+    second = make_saver(store, cluster)
+    saver_pause, saver.RETRY_SECONDS = saver.RETRY_SECONDS, 0.01
+    try:
+        with pytest.raises(UserError, match="another process has begun to save"):
+            save(store, cluster, 2, make=first)
+    finally:
+        saver.RETRY_SECONDS = saver_pause
+    assert names(store) == [name(1)]
+    save(store, cluster, 2, make=second)
+    assert names(store) == [name(1), name(2)]
 
 
-def test_a_death_between_the_rename_and_the_pointer_loses_nothing(tmp_path):
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    (tmp_path / "latest").write_text("images-000000000001\n")
-    assert checkpoint.find(tmp_path).name == "images-000000000002"
-
-
-@pytest.mark.parametrize("name", ["ema.safetensors", "meta.json", "manifest.json", "deepspeed/rank1.pt"])
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "meta.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "altered"])
-def test_a_torn_one_is_passed_over_and_named(tmp_path, capsys, name, damage):
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    victim = tmp_path / "images-000000000002" / name
+def test_a_torn_one_is_passed_over_and_named(store, cluster, capsys, file, damage):
+    save(store, cluster, 1, 2)
+    victim = Path(str(store)) / name(2) / file
     content = victim.read_bytes()
     if damage == "missing":
         victim.unlink()
@@ -92,48 +248,78 @@ def test_a_torn_one_is_passed_over_and_named(tmp_path, capsys, name, damage):
         victim.write_bytes(content[:-10])
     else:
         victim.write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:])
-    assert checkpoint.find(tmp_path).name == "images-000000000001"
-    assert "images-000000000002" in capsys.readouterr().err
-    with pytest.raises(UserError, match="images-000000000002"):
-        checkpoint.load_model(tmp_path / "images-000000000002")
+    assert checkpoint.find(LocalStore(Path(str(store)))).name == name(1)
+    if (damage, file) != ("missing", "manifest.json"):  # which is no checkpoint at all
+        assert name(2) in capsys.readouterr().err
+    with pytest.raises(UserError, match=name(2)):
+        Checkpoint.at(victim.parent).verify()
 
 
-def test_the_weights_of_another_model_are_refused(tmp_path):
-    save(tmp_path, 1)
-    folder = tmp_path / "images-000000000001"
-    meta = json.loads((folder / "meta.json").read_text())
-    meta["config"]["model"]["depth"] = 2
-    (folder / "meta.json").write_text(json.dumps(meta))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["meta.json"] = {"size": (folder / "meta.json").stat().st_size, "sha256": sha256_of(folder / "meta.json")}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="does not fit the model"):
-        checkpoint.load_model(folder)
+def test_the_weights_of_another_model_are_refused(store, cluster):
+    save(store, cluster, 1)
+    found = checkpoint.find(store)
+    found.meta["config"]["model"]["depth"] = 2
+    with pytest.raises(UserError, match="do not fit the model"):
+        checkpoint.load_model(found)
 
 
-def test_a_manifest_cannot_point_out_of_its_folder(tmp_path):
-    save(tmp_path, 1)
-    folder = tmp_path / "images-000000000001"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    outside = {"size": (tmp_path / "latest").stat().st_size, "sha256": sha256_of(tmp_path / "latest")}
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"../latest": outside}))
+@pytest.mark.parametrize("hostile", ["../latest", "a/b", "/etc/passwd", ".."])
+def test_a_manifest_cannot_point_out_of_its_folder(store, cluster, hostile):
+    save(store, cluster, 1)
+    place = Path(str(store)) / name(1) / "manifest.json"
+    manifest = json.loads(place.read_text())
+    manifest["files"][hostile] = {"size": 1, "sha256": ""}
+    place.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="does not list the files"):
-        checkpoint.verify(folder)
+        Checkpoint.at(place.parent).verify()
 
 
-def test_saving_below_newer_ones_keeps_what_it_saves(tmp_path):
-    for images in (5, 9, 7):
-        save(tmp_path, images, keep=1)
-    assert sorted(p.name for p in tmp_path.glob("images-*")) == [f"images-{n:012d}" for n in (7, 9)]
+def test_a_manifest_that_says_more_than_its_files_hold_is_refused(store, cluster):
+    save(store, cluster, 1)
+    place = Path(str(store)) / name(1) / "manifest.json"
+    manifest = json.loads(place.read_text())
+    for piece in manifest["pieces"]["rank-00000.safetensors"]:
+        piece[2] += 1000
+    manifest["shapes"] = {key: [10**3 + torch.Size(shape).numel()] for key, shape in manifest["shapes"].items()}
+    place.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has less of weight:"):
+        Checkpoint.at(place.parent).tensors("weight")
 
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="does not list the files"):
-        checkpoint.load_model(tmp_path)
+    with pytest.raises(UserError, match="torn"):
+        Checkpoint.at(tmp_path).verify()
     (tmp_path / "meta.json").write_text('{"format": "other/9"}')
     with pytest.raises(UserError, match="other/9"):
-        checkpoint.load_meta(tmp_path)
-    shutil.rmtree(tmp_path)
-    with pytest.raises(UserError, match="not a complete checkpoint"):
-        checkpoint.load_model(tmp_path)
+        _ = Checkpoint.at(tmp_path).meta
+
+
+def test_files_are_those_of_the_safetensors_library(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b:c": torch.randn(4)[::2], "none": torch.empty(0)}
+    (tmp_path / "ours").write_bytes(pack(tensors))
+    theirs = safetensors.torch.load_file(tmp_path / "ours")
+    assert all(torch.equal(theirs[key], tensor) for key, tensor in tensors.items())
+    safetensors.torch.save_file({"x": torch.randn(2, 3).bfloat16()}, tmp_path / "theirs")
+    store = open_store(tmp_path)
+    entry = read_header(lambda start, n: store.read("theirs", start, n), store.stat("theirs").size, "theirs")["x"]
+    assert (entry.dtype, entry.shape, entry.end) == (torch.bfloat16, (2, 3), store.stat("theirs").size)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"[" * 100_000,
+        b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9999]}}',
+        b'{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}',
+        b'{"x": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}',
+        b'{"x": {"dtype": "OBJECT", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"x": 1}',
+    ],
+)
+def test_hostile_headers_are_refused(header):
+    content = struct.pack("<Q", len(header)) + header + bytes(8)
+    for hostile in (content, struct.pack("<Q", 2**62) + content[8:], content[:4]):
+        with pytest.raises(UserError, match="x is not a safetensors file"):
+            read_header(lambda start, n, hostile=hostile: hostile[start : start + n], len(hostile), "x")
