@@ -4,7 +4,7 @@ PYTHON ?= python3
 READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test nightly lint clean
 
 demo: setup
 	bash launch/demo.sh
@@ -12,6 +12,10 @@ demo: setup
 # One thread a process: two ranks on two cores wait for each other otherwise.
 test: setup lint
 	OMP_NUM_THREADS=1 python -m pytest
+
+# What takes long: `pytest -m nightly`.
+nightly: setup
+	OMP_NUM_THREADS=1 python -m pytest -m nightly
 
 lint: setup
 	ruff check .
