@@ -1,7 +1,13 @@
 """Locks that killed compilations leave behind are removed, those of living ones are not."""
 
+import os
+from dataclasses import replace
+
 import pytest
 
+from diffussm.errors import UserError
+from diffussm.training import cluster
+from diffussm.training.cluster import Identity, identify
 from diffussm.training.extensions import remove_stale_locks
 
 pytestmark = pytest.mark.unit
@@ -24,3 +30,83 @@ def test_only_locks_that_nobody_holds_open_are_stale(tmp_path):
 
 def test_no_folder_is_no_lock(tmp_path):
     remove_stale_locks(tmp_path / "nothing")
+
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"} | MASTER
+STEP = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "9",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_NTASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+BATCH_SHELL = {"SLURM_JOB_ID": "123456", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_NODEID": "0"}
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    """Sets just these variables, and has an scontrol that knows two hosts."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "PMI")) or name in (*NAMES, "TORCHELASTIC_RUN_ID", "CROSS_RANK"):
+            monkeypatch.delenv(name)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(cluster, "end_with_the_launcher", lambda: None)
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that what identify() exports is undone
+        monkeypatch.delenv(name)
+
+    def use(*tables: dict[str, str]) -> None:
+        for table in tables:
+            for name, value in table.items():
+                monkeypatch.setenv(name, value)
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("tables", "found"),
+    [
+        ([], Identity("none")),
+        ([TORCHRUN, {"TORCHELASTIC_RUN_ID": "x"}], Identity("torchrun", 5, 8, 1, ("10.0.0.1", 29500))),
+        ([TORCHRUN, {"CROSS_RANK": "0"}], Identity("deepspeed", 5, 8, 1, ("10.0.0.1", 29500))),
+        ([STEP], Identity("srun", 9, 16, 1, ("gpu07", 20_000 + 123456 % 10_000))),
+        ([STEP, MASTER], Identity("srun", 9, 16, 1, ("10.0.0.1", 29500))),
+        ([STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}], Identity("srun")),
+        ([BATCH_SHELL], Identity("none")),  # python in a batch script
+        ([BATCH_SHELL, TORCHRUN], Identity("the environment", 5, 8, 1, ("10.0.0.1", 29500))),
+    ],
+)
+def test_who_this_process_is(environment, tables, found):
+    environment(*tables)
+    assert identify() == found
+    exported = {name: os.environ[name] for name in NAMES}
+    assert exported == {
+        "RANK": str(found.rank),
+        "WORLD_SIZE": str(found.world_size),
+        "LOCAL_RANK": str(found.local_rank),
+        "MASTER_ADDR": found.master[0],
+        "MASTER_PORT": str(found.master[1]),
+    }
+    assert identify() == replace(found, launcher=identify().launcher)  # whoever asks again hears the same
+
+
+@pytest.mark.parametrize(
+    ("tables", "line"),
+    [
+        ([STEP, {"RANK": "0", "WORLD_SIZE": "1"}], "has started 16 processes, but each would be alone"),
+        ([{"OMPI_COMM_WORLD_SIZE": "2", "RANK": "0", "WORLD_SIZE": "1"}], "has started 2 processes"),
+        ([{"RANK": "1", "WORLD_SIZE": "2"}], "RANK but not LOCAL_RANK"),
+        ([STEP | {"SLURM_STEP_NODELIST": "unknown"}], "scontrol does not tell the first of 'unknown'"),
+    ],
+)
+def test_a_launch_that_cannot_be_right_is_refused(environment, tables, line):
+    environment(*tables)
+    with pytest.raises(UserError, match=line):
+        identify()
