@@ -57,6 +57,7 @@ def command(launcher: str, ranks: int, args: list[str]) -> list[str]:
     return {
         "deepspeed": [str(bin / "deepspeed"), f"--num_gpus={ranks}", port, TRAIN, *args],
         "torchrun": [str(bin / "torchrun"), f"--nproc_per_node={ranks}", port, TRAIN, *args],
+        "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(ranks), sys.executable, TRAIN, *args],
         "python": [sys.executable, TRAIN, *args],
     }[launcher]
 

@@ -41,6 +41,10 @@ def read_ds_config(path: str) -> dict[str, Any]:
                 f"{path}: {half}.enabled rounds the state space parameters, whose recurrence then goes wrong;"
                 ' use "torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}, which keeps parameters in fp32'
             )
+    if config.get("communication_data_type") not in (None, "fp32", "bf16"):
+        raise UserError(
+            f'{path}: communication_data_type must be "fp32", or "bf16", in which the dense weights\' gradients travel'
+        )
     if config.get("torch_autocast", {}).get("dtype", "bfloat16") not in ("bfloat16", "bf16"):
         raise UserError(f"{path}: torch_autocast.dtype must be bfloat16: float16 overflows without a loss scale")
     if any(
@@ -83,7 +87,10 @@ def complete_ds_config(config: dict[str, Any], train: TrainConfig, cluster: Clus
     filled["torch_autocast"] = autocast = {
         "dtype": "bfloat16",
         "enabled": "auto",
-        "lower_precision_safe_modules": LOW_PRECISION_MODULES,
+        # under autocast DeepSpeed looks at nothing else for the dtype that gradients travel in
+        "lower_precision_safe_modules": []
+        if config.get("communication_data_type") == "fp32"
+        else LOW_PRECISION_MODULES,
     } | filled.get("torch_autocast", {})
     if autocast["enabled"] == "auto":
         autocast["enabled"] = use_bf16
