@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import os
 import random
 import signal
@@ -47,8 +48,9 @@ from diffussm.training import checkpoint
 from diffussm.training.monitor import log_of
 
 ROOT = Path(__file__).parent.parent
-BATCH, STEPS_PER_SAVE, STEPS_PER_KILL = 8, 8, 40
-LONGEST = 2.0  # seconds after the first step, of a kill in a step
+BATCH, STEPS_PER_SAVE, STEPS_PER_KILL = 8, 8, 32
+TAIL = 8192  # bytes: some records
+LONGEST = 1.0  # seconds after the first step, of a kill in a step
 PATIENCE = 120.0  # seconds to wait for a moment or an end
 MOMENTS = ("start", "step", "save", "publish")
 EXACT = ("images", "loss/total", "loss/mse", "loss/vlb", "grad_norm", "lr/dense", "lr/ssm")
@@ -108,8 +110,13 @@ class Run:
 
     @property
     def seen(self) -> int:
-        """Images of the last record."""
-        return max((record["images"] for record in log_of(self.folder)), default=0)
+        """Images of the last record, by the end of the log."""
+        with contextlib.suppress(FileNotFoundError), open(self.folder / "log.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            for line in reversed(file.read().splitlines(keepends=True)):
+                if line.endswith(b"\n") and line.startswith(b"{"):
+                    return json.loads(line)["images"]
+        return 0
 
     def published(self) -> list[checkpoint.Checkpoint]:
         return checkpoint.complete(open_store(self.checkpoints))
@@ -225,7 +232,7 @@ class Chaos:
         while life.poll() is None and not condition():
             if time.monotonic() > deadline:
                 raise UserError(f"nothing came in {PATIENCE:.0f} s: {(self.folder / log).read_text()[-2000:]}")
-            time.sleep(0.001)
+            time.sleep(0.002)
 
     def wait_for_lock(self) -> None:
         """Until no rank of a killed launcher holds the run."""
