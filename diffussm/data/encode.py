@@ -20,9 +20,17 @@ import numpy as np
 from diffussm.autoencoders.codec import Codec
 from diffussm.data.index import INDEX_NAME, SHARD_PREFIX, Index, Shard, publish_index, shard_name
 from diffussm.data.loading import LOADERS, load_ahead
-from diffussm.data.records import LeftOut, Record, load_record, refuse_another, remove_records, save_record
+from diffussm.data.records import (
+    LeftOut,
+    Record,
+    load_record,
+    record_name,
+    refuse_another,
+    remove_records,
+    save_record,
+)  # fmt: skip
 from diffussm.data.shards import ShardBuilder
-from diffussm.data.sources.base import BadImage, ImageSource, Item
+from diffussm.data.sources.base import BadImage, ImageSource, Item, Version
 from diffussm.data.store import Store
 from diffussm.data.workers import Alone, Progress, Workers
 from diffussm.errors import UserError
@@ -48,19 +56,19 @@ def encode(
         seed: of the order of the images: sources come sorted by class, and a training step takes its samples from few
             places.
         flip: also encode each image's mirror, as a sample of its own in a shard of its own.
-        on_bad_image: ``stop`` at an image that cannot be decoded, or ``skip`` it: it is left out, listed in
-            ``bad-images.json`` and counted in the index.
+        on_bad_image: ``stop`` at an image that cannot be decoded, so that it can be mended and the same call goes on;
+            or ``skip`` it: it is left out, listed in ``bad-images.json`` and counted in the index.
         workers: those who share the work; each calls this function with the same arguments.
 
     Raises:
-        UserError: ``store`` holds something else, complete or in part, or is damaged; an image cannot be decoded; or
-            another process is lost.
+        UserError: ``store`` holds something else, complete or in part, or is damaged; an image cannot be read or
+            decoded, or has changed since its shard was finished; or another process is lost.
     """
     workers = workers or Alone()
     encoding = Encoding(source, codec, store, samples_per_shard, seed, flip, on_bad_image == "skip")
     if store.exists(INDEX_NAME):
         index = Index.load(store)
-        refuse_another(store, {**index.source, "codec": index.codec}, encoding.description)
+        encoding.refuse_finished(index)
         if workers.rank == 0:
             remove_records(store)  # left over where a run was killed after it had published the index
             print(f"{store}: already encoded, nothing to do", file=sys.stderr)
@@ -96,6 +104,7 @@ class Encoding:
     ) -> None:
         self._source, self._codec, self._store, self._skip = source, codec, store, skip
         self._parts = source.parts(samples_per_shard, seed)
+        self._files = source.files(samples_per_shard, seed)
         self.shard_count = len(self._parts) * (2 if flip else 1)
         self.image_count = None if source.count is None else source.count * (2 if flip else 1)
         self.description = {
@@ -106,6 +115,18 @@ class Encoding:
             "samples_per_shard": samples_per_shard,
             "flip": flip,
         }
+
+    def refuse_finished(self, index: Index) -> None:
+        """UserError unless the finished data set is what this encoding would make of the images as they are now."""
+        refuse_another(self._store, {**index.source, "codec": index.codec}, self.description)
+        anew = f"choose another folder, or delete {INDEX_NAME} there, and all is encoded anew"
+        if index.source.get("files") != _hash_versions(map(self._versions, range(len(self._parts)))):
+            raise UserError(f"{self._store} was encoded from images that have changed since: {anew}")
+        if (count := index.source.get("skipped")) and not self._skip:
+            raise UserError(
+                f"{self._store} was encoded without {count} images that cannot be decoded (its {BAD_IMAGES_NAME} lists "
+                f"them): accept that by --on-bad-image skip, or mend them and {anew}"
+            )
 
     def refuse_strays(self) -> None:
         """UserError where the store holds a shard that is not one of ours."""
@@ -118,11 +139,12 @@ class Encoding:
     def finish_shard(self, number: int, pool: ThreadPoolExecutor, progress: Progress) -> None:
         """See to it that the shard and its record are in the store."""
         record = load_record(self._store, number)
-        if record is None:
+        if record is not None:
+            refuse_another(self._store, record.description, self.description)
+        if record is None or (record.left_out and not self._skip):  # what was left out then may have been mended since
             save_record(self._store, number, self._make_shard(number, pool, progress))
         else:
-            refuse_another(self._store, record.description, self.description)
-            self._refuse_left_out(record.left_out)
+            self._refuse_changed(number, record)
             progress.add_images(len(record.rows) + len(record.left_out))
 
     def publish(self) -> None:
@@ -130,6 +152,7 @@ class Encoding:
         records = [load_record(self._store, number) for number in range(self.shard_count)]
         if None not in records:
             left_out = [asdict(bad) for record in records[: len(self._parts)] for bad in record.left_out]
+            versions = [record.versions for record in records[: len(self._parts)]]
             rows = np.concatenate([record.rows for record in records])
             if not len(rows):
                 raise UserError(f"{self._source.name} has no image that can be decoded, of {len(left_out)}")
@@ -138,7 +161,7 @@ class Encoding:
             source = {key: value for key, value in self.description.items() if key != "codec"}
             publish_index(
                 self._store,
-                {**source, "skipped": len(left_out)},
+                {**source, "files": _hash_versions(versions), "skipped": len(left_out)},
                 self._source.class_names,
                 self._codec,
                 [record.shard for record in records if record.shard],
@@ -150,7 +173,7 @@ class Encoding:
 
     def _make_shard(self, number: int, pool: ThreadPoolExecutor, progress: Progress) -> Record:
         mirrored, part = divmod(number, len(self._parts))
-        builder, left_out = ShardBuilder(number), []
+        builder, left_out, versions = ShardBuilder(number), [], self._versions(part)
         for batch in load_ahead(self._parts[part](), pool):
             left_out += [LeftOut(item.name, str(image)) for item, image in batch if isinstance(image, BadImage)]
             self._refuse_left_out(left_out)
@@ -161,11 +184,11 @@ class Encoding:
             progress.add_images(len(batch))
         content, rows = builder.finish()
         if not len(rows):
-            return Record(self.description, None, rows, left_out)
+            return Record(self.description, None, rows, left_out, versions)
         name = shard_name(number)
         etag = self._store.put(name, content).etag
         shard = Shard(name, len(content), len(rows), hashlib.sha256(content).hexdigest(), etag)
-        return Record(self.description, shard, rows, left_out)
+        return Record(self.description, shard, rows, left_out, versions)
 
     def _add_samples(self, builder: ShardBuilder, items: Iterable[Item], images: np.ndarray) -> None:
         for item, moments in zip(items, self._codec.encode(images), strict=True):
@@ -177,6 +200,26 @@ class Encoding:
         if left_out and not self._skip:
             first, count = left_out[0], len(left_out)
             raise UserError(
-                f"{first.name} cannot be decoded: {first.problem} ({count} such so far in its shard): mend it or leave "
-                f"such images out with --on-bad-image skip; finished shards are kept"
+                f"{first.name} cannot be decoded: {first.problem} ({count} such so far in its shard): mend it and run "
+                f"the same command again, which keeps finished shards; or leave such images out: --on-bad-image skip"
             )
+
+    def _refuse_changed(self, number: int, record: Record) -> None:
+        files = self._files[number % len(self._parts)]()
+        for (name, version), then in zip(files, record.versions, strict=True):
+            if version != then:
+                raise UserError(
+                    f"{name} has changed since {shard_name(number)} was made of it: bring the old file back, or delete "
+                    f"{self._store}/{record_name(number)}, and that shard is made anew"
+                )
+
+    def _versions(self, part: int) -> list[Version]:
+        return [version for _, version in self._files[part]()]
+
+
+def _hash_versions(parts: Iterable[list[Version]]) -> str:
+    """Of the files of all parts, as they were encoded."""
+    digest = hashlib.sha256()
+    for versions in parts:
+        digest.update(json.dumps(versions).encode())
+    return digest.hexdigest()

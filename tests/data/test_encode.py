@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data import prepare as prepare_module
-from diffussm.data.encode import encode
+from diffussm.data.encode import Encoding, encode
 from diffussm.data.index import Index
 from diffussm.data.prepare import prepare
 from diffussm.data.reader import SampleReader
+from diffussm.data.sources import open_source
 from diffussm.data.sources.base import ArrayImages, BadImage, Item
 from diffussm.data.store import open_store
 from diffussm.errors import UserError
@@ -213,6 +215,99 @@ def test_bad_images_are_left_out_and_listed(flip: bool, images: ArrayImages, cod
     np.testing.assert_array_equal(moments, codec.encode(images.images[labels]))
     same = [s for s in truth.shards if a.read(s.name) == sound.read(s.name)]
     assert len(same) >= (6 if flip else 3)
+
+
+PICTURES = 40
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of 40 pictures, no two of one size in bytes."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(PICTURES):
+        draw(folder / f"{number:02d}.png", number)
+    return folder
+
+
+def draw(path: Path, number: int, colours: int = 0) -> None:
+    pixels = np.random.default_rng(number).integers(0, 10 + number + colours, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def encode_pictures(folder: Path, out: Path, on_bad_image: str = "stop", flip: bool = False) -> Index:
+    """As a new process would."""
+    source = open_source("folder", str(folder), size=8)
+    return encode(source, PixelCodec(8, 8, 3, size=8), open_store(out), 5, flip=flip, on_bad_image=on_bad_image)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_bad_image_that_is_mended_is_gone_on_with(flip: bool, pictures: Path, tmp_path: Path) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    encode_pictures(pictures, whole, flip=flip)
+    bad = list_of(pictures, part=5)[2]
+    sound = (pictures / bad).read_bytes()
+    (pictures / bad).write_bytes(sound[:60])
+    with pytest.raises(UserError, match=f"{bad} cannot be decoded: .*: mend it and run the same command again"):
+        encode_pictures(pictures, out, flip=flip)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    assert len(before) == 5
+    (pictures / bad).write_bytes(sound)
+    encode_pictures(pictures, out, flip=flip)
+    assert contents(out) == contents(whole)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def list_of(pictures: Path, part: int) -> list[str]:
+    """The names of the images of a shard."""
+    return [item.name for item in open_source("folder", str(pictures), size=8).parts(5, 0)[part]()]
+
+
+def test_an_image_of_a_finished_shard_that_has_changed_is_refused_by_name(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bad, changed = list_of(pictures, part=5)[0], list_of(pictures, part=2)[3]
+    sound = (pictures / bad).read_bytes()
+    (pictures / bad).write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        encode_pictures(pictures, out)
+    (pictures / bad).write_bytes(sound)
+    draw(pictures / changed, int(changed[:2]), colours=90)
+    with pytest.raises(UserError, match=rf"^{changed} has changed since shard-00002\.tar .*finished-00002\.json, and"):
+        encode_pictures(pictures, out)
+    (out / "finished-00002.json").unlink()  # as the line says
+    encode_pictures(pictures, out)
+    encode_pictures(pictures, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+    draw(pictures / changed, int(changed[:2]))
+    with pytest.raises(UserError, match=r"was encoded from images that have changed since: .*delete index\.json"):
+        encode_pictures(pictures, out)
+
+
+def test_what_was_left_out_is_not_accepted_by_a_run_that_is_to_stop(pictures: Path, tmp_path: Path, capsys) -> None:
+    """Neither while the encoding is under way, nor once it is finished."""
+    out = tmp_path / "out"
+    first, last = list_of(pictures, part=1)[0], list_of(pictures, part=6)[0]
+    sound = {name: (pictures / name).read_bytes() for name in (first, last)}
+    for name in sound:
+        (pictures / name).write_bytes(b"torn")
+    assert encode_pictures(pictures, out, "skip").source["skipped"] == 2
+    with pytest.raises(UserError, match=r"without 2 images that cannot be decoded \(its bad-images\.json lists"):
+        encode_pictures(pictures, out)
+    encode_pictures(pictures, out, "skip")
+    assert "nothing to do" in capsys.readouterr().err
+
+    under_way = tmp_path / "under way"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Encoding, "publish", lambda self: (_ for _ in ()).throw(RuntimeError("killed")))
+        encode_pictures(pictures, under_way, "skip")
+    with pytest.raises(UserError, match=f"{first} cannot be decoded"):
+        encode_pictures(pictures, under_way)
+    for name, content in sound.items():
+        (pictures / name).write_bytes(content)
+    encode_pictures(pictures, under_way)
+    encode_pictures(pictures, tmp_path / "whole")
+    assert contents(under_way) == contents(tmp_path / "whole")
 
 
 def test_a_shard_without_any_good_image_is_left_out(images: ArrayImages, codec: PixelCodec, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from diffussm.data.sources.base import BadImage
 from diffussm.data.sources.resize import RESIZES, read_image
+from diffussm.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -137,8 +140,6 @@ def test_what_is_no_image_is_a_bad_image(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match=r"^\w+: .+") as failure:
             read_image(content, 32, "adm")
         assert "\n" not in str(failure.value)
-    with pytest.raises(BadImage, match="No such file"):
-        read_image(tmp_path / "nowhere.png", 32, "adm")
     with pytest.raises(BadImage, match="no colours"):
         read_image(_tiff(np.full((40, 40), math.pi, np.float32)), 32, "adm")
 
@@ -147,3 +148,36 @@ def _tiff(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "TIFF")
     return file.getvalue()
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES, errno.EMFILE, errno.ENOENT])
+def test_a_file_that_cannot_be_read_is_no_bad_image(number: int, tmp_path: Path, monkeypatch) -> None:
+    """It may be a sound one: it is not to be left out for good."""
+    path = tmp_path / "a.png"
+    path.write_bytes(png(random_pixels(8, 8)))
+
+    def fail(_: Path) -> bytes:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match=rf"a\.png cannot be read: {os.strerror(number)}: .*run the command again"):
+        read_image(path, 8, "box")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory error when reading image file")])
+def test_a_lack_of_memory_is_no_bad_image(error: Exception, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(RESIZES, "box", fail)
+    with pytest.raises(MemoryError):
+        read_image(png(random_pixels(8, 8)), 8, "box")
+
+
+def test_a_decoder_that_cannot_be_loaded_is_no_bad_image(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UserError, match="Too many open files"):
+        read_image(png(random_pixels(8, 8)), 8, "box")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import io
+import multiprocessing
 import os
 import pickle
 import tarfile
@@ -13,6 +15,7 @@ from PIL import Image
 
 from diffussm.data.sources import open_source
 from diffussm.data.sources.base import BadImage, ImageSource, Item
+from diffussm.data.store import LocalStore
 from diffussm.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -90,6 +93,63 @@ def test_a_broken_file_is_a_bad_image_when_it_is_loaded(imagenet: Path) -> None:
         loads["n01/1_2.JPEG"]()
 
 
+def test_a_link_to_nothing_is_a_bad_image_too(imagenet: Path) -> None:
+    (imagenet / "n01/1_9.png").symlink_to("nowhere.png")
+    source = open_source("folder", str(imagenet), size=16)
+    loads = {item.name: item.load for part in items(source) for item in part}
+    assert source.count == 10
+    with pytest.raises(BadImage, match="it is a link to a file that is not there"):
+        loads["n01/1_9.png"]()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(folder: Path | str) -> object:
+        if str(folder).endswith("n01"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match=r"Input/output error: '.*/n01'"):
+        open_source("folder", str(imagenet), size=16)
+
+
+@pytest.mark.parametrize("kind", ["lsun", "webdataset"])
+def test_a_source_of_which_an_image_is_mended_is_the_same_with_another_version(kind: str, lsun: Path, tars: Path):
+    def look() -> tuple[str, list[list[tuple[str, int | str]]]]:
+        source = open_source(kind, str(lsun if kind == "lsun" else tars), size=16, classes=4)
+        return source.fingerprint(), [list(files()) for files in source.files(4, 0)]
+
+    fingerprint, files = look()
+    assert [len(part) for part in files] == ([4, 4, 2] if kind == "lsun" else [1, 1, 1])
+    if kind == "lsun":
+        assert [[name for name, _ in part] for part in files] == [
+            [item.name for item in part] for part in items(open_source(kind, str(lsun), size=16))
+        ]
+        mend = multiprocessing.get_context("spawn").Process(target=put_into_lmdb, args=(lsun, 3, b"mended"))
+        mend.start()
+        mend.join()
+    else:
+        make_tar(tars / "in-001.tar", [("x.cls", b"1"), ("x.png", picture(1))])
+    again, now = look()
+    assert again == fingerprint
+    changed = [
+        (old, new)
+        for part, after in zip(files, now, strict=True)
+        for old, new in zip(part, after, strict=True)
+        if old != new
+    ]
+    ((old, new),) = changed
+    assert old[0] == new[0] == (f"{3:040x}" if kind == "lsun" else f"{tars}/in-001.tar")
+    assert kind == "webdataset" or new[1] == len(b"mended")
+
+
+def put_into_lmdb(path: Path, number: int, content: bytes) -> None:
+    with lmdb.open(str(path), map_size=1 << 20) as environment, environment.begin(write=True) as transaction:
+        transaction.put(f"{number:040x}".encode(), content)
+
+
 @pytest.fixture
 def lsun(tmp_path: Path) -> Path:
     path = tmp_path / "church_lmdb"
@@ -160,6 +220,15 @@ def test_tars_in_their_own_order_one_a_shard(tars: Path, urls: str) -> None:
     assert [shade for _, _, shade in shades(parts)] == [10 * shard + i for shard in range(3) for i in range(4)]
     assert parts[1][2].name.endswith("in-001.tar: a/12")
     assert shades(items(source)) == shades(parts)
+
+
+def test_a_pattern_of_tars_lists_no_more_of_a_bucket_than_it_must(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, list_all = [], LocalStore.list
+    monkeypatch.setattr(LocalStore, "list", lambda self, prefix="": asked.append(prefix) or list_all(self, prefix))
+    for pattern, found in (("in-00[01].tar", 2), ("in-*", 3), ("*.tar", 3)):
+        name = pattern if pattern.endswith(".tar") else f"{pattern}.tar"
+        assert len(open_source("webdataset", f"{tars}/{name}", classes=0).parts(1, 0)) == found
+    assert asked == ["in-00", "in-", ""]
 
 
 def test_labels_of_tars_are_taken_or_left_by_intention(tars: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from diffussm.data.order import ENCODING_ORDER, philox, random_permutation
+
+Part = TypeVar("Part")
+Version = int | str  # of a file: its size, or what else tells that its content is another
 
 
 class BadImage(Exception):
@@ -23,7 +27,8 @@ class Item:
     Attributes:
         name: how a report names it: a path, a key in a tar.
         label: its class, an index into ``class_names``; 0 where there are none.
-        load: → uint8 [H, W, channels], cropped and resized as the encoder takes it; raises BadImage. Called in threads.
+        load: → uint8 [H, W, channels], cropped and resized as the encoder takes it; raises BadImage, or UserError where
+            it cannot be read at all. Called in threads.
     """
 
     name: str
@@ -52,14 +57,22 @@ class ImageSource(Protocol):
         """
         ...
 
+    def files(self, samples_per_shard: int, seed: int) -> Sequence[Callable[[], Iterable[tuple[str, Version]]]]:
+        """Name and version of each file that the parts are read from, as they are now, part by part.
+
+        Their names are part of the fingerprint. Empty where the fingerprint tells all.
+        """
+        ...
+
     def fingerprint(self) -> str:
-        """A hash that tells two sources apart, without reading all images."""
+        """A hash that tells two sources apart, but for what the versions of :meth:`files` tell: a source of which an
+        image has been mended is the same."""
         ...
 
 
 def shuffled_parts(
-    count: int, samples_per_shard: int, seed: int, item: Callable[[int], Item]
-) -> list[Callable[[], Iterable[Item]]]:
+    count: int, samples_per_shard: int, seed: int, item: Callable[[int], Part]
+) -> list[Callable[[], Iterable[Part]]]:
     """The parts of a source of ``count`` images that can be had in any order, by their numbers: a random order cut."""
     order = random_permutation(philox(seed, ENCODING_ORDER), count)
     return [
@@ -86,6 +99,9 @@ class ArrayImages:
 
     def parts(self, samples_per_shard: int, seed: int) -> Sequence[Callable[[], Iterable[Item]]]:
         return shuffled_parts(len(self.images), samples_per_shard, seed, self._item)
+
+    def files(self, samples_per_shard: int, seed: int) -> Sequence[Callable[[], Iterable[tuple[str, Version]]]]:
+        return [tuple] * math.ceil(len(self.images) / samples_per_shard)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.images.shape).encode())

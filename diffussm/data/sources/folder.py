@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from diffussm.data.sources.base import Item, shuffled_parts
+from diffussm.data.sources.base import Item, Version, shuffled_parts
 from diffussm.data.sources.resize import SUFFIXES, read_image
 from diffussm.errors import UserError
 
@@ -48,11 +48,15 @@ class FolderImages:
     def parts(self, samples_per_shard: int, seed: int) -> Sequence[Callable[[], Iterable[Item]]]:
         return shuffled_parts(len(self._files), samples_per_shard, seed, self._item)
 
+    def files(self, samples_per_shard: int, seed: int) -> Sequence[Callable[[], Iterable[tuple[str, Version]]]]:
+        """Each image by its size."""
+        return shuffled_parts(len(self._files), samples_per_shard, seed, self._files.__getitem__)
+
     def fingerprint(self) -> str:
-        """Of names and sizes, and of the resizing."""
+        """Of the names and the resizing."""
         digest = hashlib.sha256(f"{self._size} {self._resize} {self.class_names}\n".encode())
-        for name, size in self._files:
-            digest.update(f"{size} {name}\n".encode(errors="surrogateescape"))
+        for name, _ in self._files:
+            digest.update(f"{name}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def _item(self, number: int) -> Item:
@@ -62,12 +66,24 @@ class FolderImages:
 
 
 def _image_files(root: Path) -> Iterable[tuple[str, int]]:
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith(".") and name.lower().endswith(SUFFIXES):
                 path = Path(folder, name)
-                yield path.relative_to(root).as_posix(), path.stat().st_size
+                yield path.relative_to(root).as_posix(), _size(path)
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be listed is not an empty one."""
+    raise error
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # a link to nothing: a bad image, which says so when it is loaded
+        return 0
 
 
 def _first_part(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffussm.data.sources.base import BadImage, Item, shuffled_parts
+from diffussm.data.sources.base import BadImage, Item, Version, shuffled_parts
 from diffussm.data.sources.folder import FolderImages
 from diffussm.data.sources.resize import read_image
 from diffussm.errors import UserError
@@ -51,17 +51,25 @@ class LmdbImages:
     def parts(self, samples_per_shard: int, seed: int) -> Sequence[Callable[[], Iterable[Item]]]:
         return shuffled_parts(len(self._keys), samples_per_shard, seed, self._item)
 
+    def files(self, samples_per_shard: int, seed: int) -> Sequence[Callable[[], Iterable[tuple[str, Version]]]]:
+        """Each image by its size."""
+        return shuffled_parts(len(self._keys), samples_per_shard, seed, self._file)
+
     def fingerprint(self) -> str:
-        """Of the keys and the file's size, and of the resizing."""
-        size = (self._path / DATA_FILE).stat().st_size
-        digest = hashlib.sha256(f"{self._size} {self._resize} {size}\n".encode())
+        """Of the keys and the resizing."""
+        digest = hashlib.sha256(f"{self._size} {self._resize}\n".encode())
         for key in self._keys:
             digest.update(key + b"\n")
         return digest.hexdigest()
 
     def _item(self, number: int) -> Item:
         key = self._keys[number]
-        return Item(key.decode(errors="backslashreplace"), 0, functools.partial(self._load, key))
+        return Item(_name(key), 0, functools.partial(self._load, key))
+
+    def _file(self, number: int) -> tuple[str, int]:
+        key = self._keys[number]
+        with self._environment.begin(buffers=True) as transaction:  # only mapped, not read
+            return _name(key), len(transaction.get(key, default=b""))
 
     def _load(self, key: bytes) -> Any:
         with self._environment.begin() as transaction:
@@ -69,6 +77,10 @@ class LmdbImages:
         if content is None:
             raise BadImage("it has gone from the LMDB")
         return read_image(content, self._size, self._resize)
+
+
+def _name(key: bytes) -> str:
+    return key.decode(errors="backslashreplace")
 
 
 @functools.cache  # LMDB lets a process open it once; nobody writes, nor locks, so all may share it, forks included

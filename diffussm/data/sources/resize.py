@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 
 from diffussm.data.sources.base import BadImage
+from diffussm.errors import UserError
 
+PILLOW_OUT_OF_MEMORY = "out of memory"  # in the OSError that its decoders raise then
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")  # of image files, in any case
 
 
@@ -21,14 +23,32 @@ def read_image(file: Path | bytes, size: int, resize: str) -> np.ndarray:
     has who published figures.
 
     Raises:
-        BadImage: it cannot be decoded.
+        BadImage: it cannot be decoded, or is a link to nothing.
+        UserError: it cannot be read: that says nothing about the image.
+        MemoryError: the same.
     """
+    content = file if isinstance(file, bytes) else _read(file)
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with Image.open(io.BytesIO(content)) as image:
             image = _as_rgb(image)
             return _cut_centre(np.asarray(RESIZES[resize](image, size)), size)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+        if isinstance(error, OSError) and PILLOW_OUT_OF_MEMORY in str(error):
+            raise MemoryError from error
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: a decoder could not be imported
+            raise UserError(f"images cannot be decoded: {error}: run the command again") from error
         raise BadImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and file.is_symlink():
+            raise BadImage("it is a link to a file that is not there") from error
+        raise UserError(f"{file} cannot be read: {error.strerror}: mend that and run the command again") from error
 
 
 def resize_adm(image: Image.Image, size: int) -> Image.Image:

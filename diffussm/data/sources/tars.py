@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 
 import braceexpand
 
-from diffussm.data.sources.base import Item
+from diffussm.data.sources.base import Item, Version
 from diffussm.data.sources.resize import SUFFIXES, read_image
 from diffussm.data.store import Stat, Store, open_store
 from diffussm.errors import UserError
@@ -51,9 +51,16 @@ class TarImages:
         """One a tar: both arguments are without effect."""
         return [functools.partial(self._read, *tar) for tar in self._tars]
 
+    def files(self, samples_per_shard: int, seed: int) -> Sequence[Callable[[], Iterable[tuple[str, Version]]]]:
+        """Each tar by its size and etag."""
+        return [
+            functools.partial(iter, [(f"{store}/{name}", f"{stat.size} {stat.etag}")])
+            for store, name, stat in self._tars
+        ]
+
     def fingerprint(self) -> str:
-        """Of the tars' names, sizes and etags, of the number of classes and the resizing."""
-        tars = [(name, stat.size, stat.etag) for _, name, stat in self._tars]
+        """Of the tars' names, of the number of classes and the resizing."""
+        tars = [name for _, name, _ in self._tars]
         return hashlib.sha256(repr((self._size, self._resize, self._classes, tars)).encode()).hexdigest()
 
     def _read(self, store: Store, name: str, stat: Stat) -> Iterator[Item]:
@@ -91,7 +98,7 @@ def find_tars(urls: str) -> Iterator[tuple[Store, str, Stat]]:
             except FileNotFoundError:
                 raise UserError(f"--input {url}: there is no such tar") from None
             continue
-        for found, stat in store.list().items():
+        for found, stat in store.list(re.match(r"[^*?[]*", name)[0]).items():
             if "/" not in found and fnmatch.fnmatchcase(found, name):
                 yield store, found, stat
 
