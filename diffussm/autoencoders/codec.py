@@ -21,6 +21,7 @@ class Codec(Protocol):
     posterior: bool  # True: moments are mean and log-variance, [2C, h, w]; False: they are the latent, [C, h, w]
     scale: float
     shift: float
+    device_kind: str | None  # the kind of processor that the last bits of its moments depend on, if they do
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 images [N, H, W, channels] → moments [N, C or 2C, h, w], not normalised."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +16,11 @@ import torch
 from torch import Tensor
 
 from diffussm.errors import UserError
+from diffussm.threads import map_batches
 
 DTYPES = ("float16", "float32")
 PIXELS_AT_ONCE = 8 * 512 * 512  # encoded or decoded in one go: a GPU of 16 GB has room for their activations
+PIXELS_A_THREAD = 512 * 512  # encoded in one go on a CPU
 # What of diffusers' configuration the weights are run by. Versions of diffusers add keys; these have always been there.
 IDENTITY = (
     "in_channels", "out_channels", "latent_channels", "down_block_types", "up_block_types", "block_out_channels",
@@ -113,6 +117,11 @@ class AutoencoderKLCodec:
         side = self.size // self.factor
         return self.latent_channels, side, side
 
+    @property
+    def device_kind(self) -> str:
+        """``cpu`` or ``cuda``: one's moments differ from the other's in their last bits."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+
     def spec(self) -> dict[str, Any]:
         """Name and configuration, for an index or a checkpoint."""
         return {
@@ -141,13 +150,14 @@ class AutoencoderKLCodec:
                     f"({self.weights[:12]}): give the folder of the original ones as data.autoencoder, or --autoencoder"
                 )
             self._network = network
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self.device or self.device_kind
         self._network.to(device)
         self.device = device
 
-    @torch.no_grad()
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N, size, size, 3] → moments [N, 2C, h, w], not normalised.
+
+        The same bits each time on the same kind of processor, whatever the number of threads.
 
         Raises:
             UserError: the images are of another type or shape; a moment is not a number, or too large for float16.
@@ -159,16 +169,26 @@ class AutoencoderKLCodec:
             )
         self.load()
         moments = np.empty((len(images), 2 * self.latent_channels, *self.latent_shape[1:]), self.dtype)
-        for rows in self._in_turn(len(images)):
-            x = torch.from_numpy(images[rows]).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            posterior = self._network.encode(x).latent_dist
-            values = torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu().numpy()
-            with np.errstate(over="ignore"):
-                moments[rows] = values
-            if not np.isfinite(moments[rows]).all():
-                way_out = "" if not np.isfinite(values).all() else ", but fits --dtype float32"
-                raise UserError(f"a latent of autoencoder {self.location} is not a finite {self.dtype_name}{way_out}")
+        on_cpu = self.device_kind == "cpu"
+        batches = self._in_turn(len(images), PIXELS_A_THREAD if on_cpu else PIXELS_AT_ONCE)
+        with _same_bits_each_time():
+            results = (map_batches if on_cpu else map)(lambda rows: self._encode_batch(images[rows]), batches)
+            for rows, values in zip(batches, results, strict=True):
+                with np.errstate(over="ignore"):
+                    moments[rows] = values
+                if not np.isfinite(moments[rows]).all():
+                    way_out = "" if not np.isfinite(values).all() else ", but fits --dtype float32"
+                    raise UserError(
+                        f"a latent of autoencoder {self.location} is not a finite {self.dtype_name}{way_out}"
+                    )
         return moments
+
+    @torch.no_grad()
+    def _encode_batch(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [n, size, size, 3] → float32 [n, 2C, h, w]. On a CPU one thread does it all: more add up otherwise."""
+        x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        posterior = self._network.encode(x).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu().numpy()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -181,16 +201,28 @@ class AutoencoderKLCodec:
             raise UserError(f"this autoencoder decodes {self.latent_shape}, got {tuple(latents.shape[1:])}")
         self.load()
         images = np.empty((len(latents), self.size, self.size, 3), np.uint8)
-        for rows in self._in_turn(len(latents)):
+        for rows in self._in_turn(len(latents), PIXELS_AT_ONCE):
             z = latents[rows].to(self.device).float() / self.scale + self.shift
             pixels = (self._network.decode(z).sample.float() + 1) * 127.5
             images[rows] = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return images
 
-    def _in_turn(self, count: int) -> list[slice]:
+    def _in_turn(self, count: int, pixels_at_once: int) -> list[slice]:
         """Batches that fit in memory; the same on any machine, since they decide the last bits."""
-        batch = max(1, PIXELS_AT_ONCE // self.size**2)
+        batch = max(1, pixels_at_once // self.size**2)
         return [slice(start, start + batch) for start in range(0, count, batch)]
+
+
+@contextlib.contextmanager
+def _same_bits_each_time() -> Iterator[None]:
+    """On a GPU: full fp32, by algorithms that are neither chosen by a stopwatch nor add up in any order."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def hash_weights(network: Any) -> str:

@@ -30,6 +30,7 @@ class PixelCodec:
     posterior: ClassVar[bool] = False
     scale: ClassVar[float] = 1 / 127.5
     shift: ClassVar[float] = 127.5
+    device_kind: ClassVar[str | None] = None
 
     height: int
     width: int

@@ -3,7 +3,7 @@
 Whoever is free claims the next shard, and leaves a record beside the finished one. So the store alone knows what there
 is: a run that was killed is run again, by any number of processes, and makes the other shards. In the end one process
 makes the index of the records. A shard's bytes depend on its images only, so that all objects come out the same however
-often the work was broken off.
+often the work was broken off; with an autoencoder, on the same kind of processor.
 """
 
 from __future__ import annotations
@@ -115,10 +115,13 @@ class Encoding:
             "samples_per_shard": samples_per_shard,
             "flip": flip,
         }
+        if codec.device_kind:
+            self.description["device"] = codec.device_kind
 
     def refuse_finished(self, index: Index) -> None:
         """UserError unless the finished data set is what this encoding would make of the images as they are now."""
-        refuse_another(self._store, {**index.source, "codec": index.codec}, self.description)
+        any_device = {key: value for key, value in self.description.items() if key != "device"}
+        refuse_another(self._store, {**index.source, "codec": index.codec}, any_device)
         anew = f"choose another folder, or delete {INDEX_NAME} there, and all is encoded anew"
         if index.source.get("files") != _hash_versions(map(self._versions, range(len(self._parts)))):
             raise UserError(f"{self._store} was encoded from images that have changed since: {anew}")

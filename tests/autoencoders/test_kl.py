@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from diffussm.autoencoders import kl
 from diffussm.autoencoders.codec import codec_from_spec
 from diffussm.autoencoders.kl import AutoencoderKLCodec
+from diffussm.data.encode import Encoding, encode
+from diffussm.data.sources.base import ArrayImages
+from diffussm.data.store import open_store
 from diffussm.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -104,13 +108,58 @@ def test_the_hash_is_of_the_weights_and_not_of_their_files(make_autoencoder: Mak
 def test_large_images_go_in_batches_that_do_not_depend_on_the_rest(
     make_autoencoder: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codec = AutoencoderKLCodec.open(str(make_autoencoder()), 16, "float32")
+    codec = AutoencoderKLCodec.open(str(make_autoencoder()), 16, "float32", "cpu")
     moments, latents = codec.encode(IMAGES), torch.randn(5, *codec.latent_shape)
     images = codec.decode(latents)
-    monkeypatch.setattr(kl, "PIXELS_AT_ONCE", 2 * 16 * 16)
+    for name in ("PIXELS_AT_ONCE", "PIXELS_A_THREAD"):
+        monkeypatch.setattr(kl, name, 2 * 16 * 16)
     np.testing.assert_allclose(codec.encode(IMAGES), moments, atol=1e-5)
     np.testing.assert_array_equal(codec.encode(IMAGES)[:4], codec.encode(IMAGES[:4]))
     assert np.abs(codec.decode(latents).astype(int) - images).max() <= 1
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The test may change how many there are."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_gone_on_with_by_another_number_of_threads_the_bytes_are_the_same(make_autoencoder: Make, tmp_path: Path):
+    codec = AutoencoderKLCodec.open(str(make_autoencoder(levels=4)), 64, "float32", "cpu")
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+    images, whole, broken = ArrayImages("noise", [], pixels, np.zeros(40, np.int64)), tmp_path / "a", tmp_path / "b"
+    torch.set_num_threads(1)
+    encode(images, codec, open_store(whole), 10)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Encoding, "publish", lambda self: (_ for _ in ()).throw(RuntimeError("killed")))
+        encode(images, codec, open_store(broken), 10)
+    for number in (1, 3):
+        (broken / f"finished-0000{number}.json").unlink()
+    torch.set_num_threads(2)
+    encode(images, codec, open_store(broken), 10)
+    for path in whole.iterdir():
+        assert path.read_bytes() == (broken / path.name).read_bytes(), path.name
+
+
+def test_a_resume_on_another_kind_of_processor_is_refused(make_autoencoder: Make, tmp_path: Path, monkeypatch) -> None:
+    folder = make_autoencoder()
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    codec = AutoencoderKLCodec.open(str(folder), 16, device="cpu")
+    images = ArrayImages("noise", [], IMAGES, np.zeros(5, np.int64))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Encoding, "publish", lambda self: (_ for _ in ()).throw(RuntimeError("killed")))
+        encode(images, codec, open_store(tmp_path / "out"), 2)
+    with pytest.raises(UserError, match="another encoding: its device is cpu, not cuda"):
+        encode(images, replace(codec, device="cuda:1"), open_store(tmp_path / "out"), 2)
+    # The same weights in another place are the same codec; and what is finished is so for every machine.
+    encode(images, AutoencoderKLCodec.open(str(moved), 16, device="cpu"), open_store(tmp_path / "out"), 2)
+    encode(images, replace(codec, device="cuda:1"), open_store(tmp_path / "out"), 2)
+    other = AutoencoderKLCodec.open(str(make_autoencoder(seed=1)), 16, device="cpu")
+    with pytest.raises(UserError, match="another encoding: its codec is"):
+        encode(images, other, open_store(tmp_path / "out"), 2)
 
 
 def test_what_does_not_fit_is_one_line(make_autoencoder: Make) -> None:
