@@ -5,26 +5,16 @@ cd "$(dirname "$0")/.."
 python=${1:-python3}
 PATH=${PATH#"$PWD/.venv/bin:"} # never the interpreter of the .venv that is about to be replaced
 
-# DeepSpeed compiles its CPU communication with g++. The data set is the demo's. mpirun starts the encoder's ranks in the
-# tests. All by apt where we may; the demo can also download the data set.
+# The data set is the demo's. mpirun starts ranks in the tests. All by apt where we may; the demo can also download the
+# data set. Nothing is compiled.
 missing=()
-command -v g++ >/dev/null || missing+=(g++)
-"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-    missing+=(python3-dev python3-venv)
+"$python" -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 [ -d /usr/share/datasets/fashion-mnist ] || missing+=(dataset-fashion-mnist)
 command -v mpirun >/dev/null || missing+=(openmpi-bin)
 if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "setup: installing ${missing[*]}"
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } \
         >/dev/null || echo "setup: apt-get could not install ${missing[*]}" >&2
-fi
-if ! "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; then
-    echo "error: DeepSpeed needs the headers of $python to compile: install python3-dev (Debian) or python3-devel" >&2
-    exit 2
-fi
-if ! command -v g++ >/dev/null; then
-    echo "error: DeepSpeed needs a C++ compiler: install g++ (Debian: apt-get install g++; Fedora: dnf install gcc-c++)" >&2
-    exit 2
 fi
 if ! "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "error: $python is not Python 3.11 or newer with venv: make PYTHON=python3.11, or apt-get install python3-venv" >&2

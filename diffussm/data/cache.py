@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import json
 import mmap
 import os
+import sys
 import time
+import uuid
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +22,8 @@ from diffussm.errors import UserError
 from diffussm.files import fsync
 
 PIECE_BYTES = 16 << 20  # fetched at once
-WAIT_SECONDS = 0.1
+WAIT_SECONDS = 0.1  # between looks for room
+SAY_AFTER, GIVE_UP_AFTER = 10, 600  # seconds without room
 ATTEMPTS = 3  # to fetch what arrives damaged
 
 
@@ -27,6 +32,7 @@ class ShardCache:
 
     A file bears the sha256 of its content. It is fetched by one process, under a lock, into a file of another name, and
     gets its own once it is on the disk and its sha256 is right; so what bears a name is whole, whoever is killed when.
+    Where the fetch fails it has failed for all that have waited for it: none of them tries for another while.
 
     Args:
         max_bytes: what the folder may hold; the shards that were not read for longest make room.
@@ -63,8 +69,20 @@ class ShardCache:
         self._path(shard).unlink(missing_ok=True)
 
     def _open(self, shard: Shard) -> mmap.mmap:
-        with self._locked(self._lock(shard.sha256)):
-            mapped = self._open_kept(shard) or self._fetch(shard)
+        lock = self._lock(shard.sha256)
+        before = _read_text(lock)
+        with self._locked(lock):
+            mapped = self._open_kept(shard)
+            if mapped is None:
+                failure = _read_text(lock)
+                if failure != before:
+                    _raise_failure(failure, shard)  # while we waited
+                try:
+                    mapped = self._fetch(shard)
+                except (UserError, FileNotFoundError) as error:
+                    with contextlib.suppress(OSError):  # the disk is full: the others find out for themselves
+                        lock.write_text(_describe_failure(error, shard))
+                    raise
         self._maps[shard.sha256] = mapped
         return mapped
 
@@ -111,12 +129,24 @@ class ShardCache:
         return digest.hexdigest() == shard.sha256
 
     def _make_room(self, shard: Shard, part: Path) -> None:
-        """Set the shard's room aside, by a file of its size; waits for it while others are fetching theirs."""
+        """Set the shard's room aside, by a file of its size; waits for it while others are fetching theirs.
+
+        Raises:
+            UserError: there never is enough, or has not been for ten minutes.
+        """
         if shard.size > self._max_bytes:
             raise UserError(
                 f"the cache {self._folder} has no room for {shard.name} of {shard.size} bytes: raise data.cache_gib"
             )
+        begin, said = time.monotonic(), False
         while not self._set_aside(shard.size, part):
+            waited = time.monotonic() - begin
+            full = f"the cache {self._folder} is full of shards that are being fetched: {shard.name} waits for room"
+            if waited > GIVE_UP_AFTER:
+                raise UserError(f"{full}, in vain for {GIVE_UP_AFTER} s: raise data.cache_gib")
+            if waited > SAY_AFTER and not said:
+                print(f"{full}: raise data.cache_gib if this goes on", file=sys.stderr, flush=True)
+                said = True
             time.sleep(WAIT_SECONDS)
 
     def _set_aside(self, size: int, part: Path) -> bool:
@@ -164,4 +194,27 @@ class ShardCache:
         return self._folder / f"{shard.sha256}.tar"
 
     def _lock(self, sha256: str) -> Path:
-        return self._folder / f"{sha256[:2]}.lock"
+        return self._folder / f"{sha256[:4]}.lock"  # few share one, and there are not too many
+
+
+def _describe_failure(error: UserError | FileNotFoundError, shard: Shard) -> str:
+    """What a lock's file tells of the last fetch that failed; no two are the same."""
+    message = (error.strerror or str(error)) if isinstance(error, FileNotFoundError) else str(error)
+    failure = {"shard": shard.sha256, "missing": isinstance(error, FileNotFoundError), "message": message}
+    return json.dumps({**failure, "id": uuid.uuid4().hex})
+
+
+def _raise_failure(text: str, shard: Shard) -> None:
+    """Raise what :func:`_describe_failure` has described, if it was of this shard."""
+    try:
+        failure = json.loads(text)
+    except ValueError:  # its writer has been killed
+        return
+    if failure["shard"] == shard.sha256:
+        raise (
+            FileNotFoundError(errno.ENOENT, failure["message"]) if failure["missing"] else UserError(failure["message"])
+        )
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

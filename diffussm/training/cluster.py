@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 
 from diffussm.errors import UserError
-from diffussm.training.extensions import announce_compilation, extensions, remove_stale_locks
 
 Result = TypeVar("Result")
 MPI_SIGNS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE")  # any one
@@ -227,9 +226,8 @@ def connect(identity: Identity | None = None) -> Cluster:
         device = torch.device("cuda", identity.local_rank)
     else:
         device = torch.device("cpu")
-        if identity.rank == 0:
-            announce_compilation()
-        remove_stale_locks(extensions())
+        # Its own sums over shared memory are for inference alone, and take a compiler 100 s; a kill then leaves locks.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     minutes = float(os.environ.get(JOIN_NAME, JOIN_MINUTES))
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=minutes))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -143,6 +144,65 @@ def test_a_cache_smaller_than_a_shard_is_refused(store: Counted, index: Index, f
         cache.read(index.shards[0], 0, 1)
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_who_waits_for_a_fetch_that_fails_has_failed_with_it(
+    missing: bool, encoded: Path, tmp_path: Path, index: Index, folder: Path
+) -> None:
+    """Threads and processes alike: a dead store is given up once, not once for each in turn."""
+    deadline = 0.5
+    shard = index.shards[2]
+
+    def give_up() -> None:
+        time.sleep(deadline)
+        raise FileNotFoundError(2, "No such object") if missing else UserError(f"{shard.name}: given up")
+
+    store = Counted(encoded, tmp_path / "reads", before=give_up)
+    error, line = (FileNotFoundError, "No such object") if missing else (UserError, "given up")
+    begin = FORK.Barrier(3)
+
+    def rank() -> None:
+        cache = ShardCache(store, folder, 1 << 30)
+        begin.wait()
+        began = time.monotonic()
+        with ThreadPoolExecutor(4) as threads:
+            for read in [threads.submit(cache.read, shard, 0, 9) for _ in range(4)]:
+                with pytest.raises(error, match=line):
+                    read.result()
+        assert time.monotonic() - began < 1.9 * deadline
+
+    ranks = [FORK.Process(target=rank) for _ in range(2)]
+    for process in ranks:
+        process.start()
+    begin.wait()
+    for process in ranks:
+        process.join()
+        assert process.exitcode == 0
+    assert store.reads() == [shard.name]
+    with pytest.raises(error, match=line):  # who comes later tries again
+        ShardCache(store, folder, 1 << 30).read(shard, 0, 9)
+    assert store.reads() == [shard.name] * 2
+    assert ShardCache(LocalStore(encoded), folder, 1 << 30).read(shard, 0, 9) == (encoded / shard.name).read_bytes()[:9]
+
+
+def test_room_that_never_comes_is_one_line(
+    index: Index, store: Counted, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others fetch, for ever, into all the room that there is."""
+    monkeypatch.setattr(cache_module, "SAY_AFTER", 0.1)
+    monkeypatch.setattr(cache_module, "GIVE_UP_AFTER", 0.5)
+    shard = index.shards[0]
+    cache = ShardCache(store, folder, shard.size)
+    (folder / f"{'f' * 64}.part").write_bytes(bytes(10))
+    with (folder / "ffff.lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(
+            UserError, match=r"shard-00000\.tar waits for room, in vain for 0\.5 s: raise data\.cache_gib"
+        ):
+            cache.read(shard, 0, 9)
+    assert capsys.readouterr().err.count("shard-00000.tar waits for room") == 1
+    cache.read(shard, 0, 9)  # the other was killed
+
+
 def test_a_damaged_shard_is_never_kept(store: Counted, index: Index, folder: Path, encoded: Path) -> None:
     path = encoded / index.shards[1].name
     content = bytearray(path.read_bytes())
@@ -210,8 +270,7 @@ def test_other_shards_do_not_wait_for_a_slow_one(encoded: Path, tmp_path: Path, 
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(cache.read, slow, 0, 3)
         assert begun.wait(30)
-        others = [shard for shard in index.shards[1:] if shard.sha256[:2] != slow.sha256[:2]]
-        for shard in others:
+        for shard in index.shards[1:]:
             cache.read(shard, 0, 3)
         assert not waiting.done()
         go_on.set()
