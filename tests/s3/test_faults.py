@@ -4,6 +4,7 @@ shard; never fewer, never others, and in time."""
 from __future__ import annotations
 
 import tarfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,14 @@ from s3.fault_proxy import Fault, FaultProxy, drip, early_close, flip, refuse, r
 
 from benchmarks.seaweed import Seaweed
 from diffussm.autoencoders.pixel import PixelCodec
+from diffussm.data import s3_requests
 from diffussm.data.cache import ShardCache
 from diffussm.data.encode import encode
 from diffussm.data.index import Index
 from diffussm.data.order import SampleOrder
 from diffussm.data.reader import SampleReader
 from diffussm.data.s3 import S3Store
+from diffussm.data.s3_requests import Patience
 from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import LocalStore
 from diffussm.data.stream import LatentStream
@@ -97,10 +100,10 @@ def reader(store: S3Store, request: pytest.FixtureRequest, tmp_path: Path) -> Sa
     return SampleReader(store, Index.load(store), cache)
 
 
-def read_epoch(reader: SampleReader, folder: Path) -> Iterator[None]:
-    """Yields at each step whose samples have come and are right."""
+def read_epoch(reader: SampleReader, folder: Path, window: int = 256) -> Iterator[None]:
+    """Yields at each step whose samples have come and are right. ``window`` steps are fetched at once, some ahead."""
     truth = SampleReader(LocalStore(folder), Index.load(LocalStore(folder)))
-    order = SampleOrder(reader.index.shard_counts, BATCH, seed=0)
+    order = SampleOrder(reader.index.shard_counts, BATCH, seed=0, window=window)
     assert order.steps_per_epoch == 10
     with LatentStream(reader, order, 0, slice(0, BATCH), lambda *arguments: arguments) as stream:
         for step in range(order.steps_per_epoch):
@@ -138,4 +141,66 @@ def test_a_fault_that_stays(reader: SampleReader, store: S3Store, folder: Path, 
     with pytest.raises(UserError, match=line) as failure:
         list(read_epoch(reader, folder))
     assert time.monotonic() - begin < 8
+    assert str(failure.value).startswith(f"{store}/shard-0000") and "\n" not in str(failure.value)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What requests have been tried again for."""
+    problems: list[str] = []
+    wait = Patience.wait
+    monkeypatch.setattr(Patience, "wait", lambda self, problem: problems.append(problem) or wait(self, problem))
+    return problems
+
+
+def test_a_server_that_is_killed_in_the_middle_of_an_epoch(
+    uploaded: str, server: Seaweed, folder: Path, waits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9; it is up again two seconds later."""
+    monkeypatch.setattr(s3_requests, "LONGEST_PAUSE", 0.5)
+    store = S3Store(BUCKET, uploaded)
+    steps = read_epoch(SampleReader(store, Index.load(store)), folder, window=1)
+    next(steps)
+    server.kill()
+    again = threading.Timer(2, server.start)
+    again.start()
+    try:
+        assert len(list(steps)) == 9 and waits
+    finally:
+        again.join()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_server_that_stays_down_in_the_middle_of_an_epoch(
+    cached: bool, uploaded: str, server: Seaweed, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadline = 1.0
+    monkeypatch.setenv(s3_requests.DEADLINE_NAME, str(deadline))
+    store = S3Store(BUCKET, uploaded)
+    index = Index.load(store)
+    steps = read_epoch(SampleReader(store, index, ShardCache(store, tmp_path, 1 << 30) if cached else None), folder, 1)
+    if not cached:  # else all shards would be there by now
+        next(steps)
+    server.kill()
+    try:
+        begin = time.monotonic()
+        with pytest.raises(UserError, match="no connection to") as failure:
+            list(steps)
+        assert time.monotonic() - begin < deadline + 2
+        assert str(failure.value).startswith(f"{store}/shard-0000") and "\n" not in str(failure.value)
+    finally:
+        server.start()
+
+
+def test_a_shard_that_is_replaced_in_the_middle_of_an_epoch(folder: Path, prefix: str) -> None:
+    """By one of the same size, whose samples read well."""
+    store = S3Store(BUCKET, prefix)
+    for path in folder.iterdir():
+        store.put(path.name, path.read_bytes())
+    steps = read_epoch(SampleReader(store, Index.load(store)), folder, window=1)
+    next(steps)
+    for path in folder.glob("*.tar"):
+        store.put(path.name, path.read_bytes()[:-1] + b"x")  # behind the last sample
+    with pytest.raises(UserError, match="has changed since") as failure:
+        list(steps)
     assert str(failure.value).startswith(f"{store}/shard-0000") and "\n" not in str(failure.value)
