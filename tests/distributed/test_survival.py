@@ -26,7 +26,7 @@ from diffussm.training.monitor import log_of
 pytestmark = pytest.mark.distributed
 
 EXACT = ("images", "loss/total", "loss/mse", "loss/vlb", "grad_norm", "lr/dense", "lr/ssm")
-LONG = {"train__total_images": 4800, "train__decay_images": 0, "train__checkpoint_images": 1000}
+LONG = {"train__total_images": 1600, "train__decay_images": 0, "train__checkpoint_images": 1000}
 
 
 def seen(run: Path) -> int:
