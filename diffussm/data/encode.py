@@ -154,6 +154,8 @@ class Encoding:
         """Make the index of the records of all shards, and remove them."""
         records = [load_record(self._store, number) for number in range(self.shard_count)]
         if None not in records:
+            for record in records:  # processes of this very run may differ: one may have no GPU
+                refuse_another(self._store, record.description, self.description)
             left_out = [asdict(bad) for record in records[: len(self._parts)] for bad in record.left_out]
             versions = [record.versions for record in records[: len(self._parts)]]
             rows = np.concatenate([record.rows for record in records])

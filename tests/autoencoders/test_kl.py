@@ -152,11 +152,14 @@ def test_a_resume_on_another_kind_of_processor_is_refused(make_autoencoder: Make
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(Encoding, "publish", lambda self: (_ for _ in ()).throw(RuntimeError("killed")))
         encode(images, codec, open_store(tmp_path / "out"), 2)
+    gpu = replace(codec, device="cuda:1")
     with pytest.raises(UserError, match="another encoding: its device is cpu, not cuda"):
-        encode(images, replace(codec, device="cuda:1"), open_store(tmp_path / "out"), 2)
+        encode(images, gpu, open_store(tmp_path / "out"), 2)
+    with pytest.raises(UserError, match="another encoding: its device is cpu, not cuda"):  # two ranks of one run
+        Encoding(images, gpu, open_store(tmp_path / "out"), 2, 0, False, False).publish()
     # The same weights in another place are the same codec; and what is finished is so for every machine.
     encode(images, AutoencoderKLCodec.open(str(moved), 16, device="cpu"), open_store(tmp_path / "out"), 2)
-    encode(images, replace(codec, device="cuda:1"), open_store(tmp_path / "out"), 2)
+    encode(images, gpu, open_store(tmp_path / "out"), 2)
     other = AutoencoderKLCodec.open(str(make_autoencoder(seed=1)), 16, device="cpu")
     with pytest.raises(UserError, match="another encoding: its codec is"):
         encode(images, other, open_store(tmp_path / "out"), 2)
