@@ -16,7 +16,7 @@ from diffussm.commands.common import Parser, emit_json
 from diffussm.commands.figures import data_figures, print_data_figures
 from diffussm.data.encode import SAMPLES_PER_SHARD, encode
 from diffussm.data.index import INDEX_NAME, Index
-from diffussm.data.normalisation import Statistics, spread_ids
+from diffussm.data.normalisation import RUN, Statistics, spread_ids
 from diffussm.data.prepare import raw_folder
 from diffussm.data.reader import SampleReader
 from diffussm.data.records import RECORD_PREFIX
@@ -24,7 +24,10 @@ from diffussm.data.sources import SOURCES, SPLITS, open_source
 from diffussm.data.store import Store, open_store
 from diffussm.training.workers import join
 
-NOT_FOR = {"fashion-mnist": ("input", "classes"), "webdataset": ("split", "raw")}  # options that make no sense there
+NOT_FOR = {  # options that make no sense there
+    "fashion-mnist": ("input", "classes"),
+    "webdataset": ("split", "raw", "samples_per_shard"),  # each tar makes one shard
+}
 CODECS = ("pixel", "autoencoder-kl")
 AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 EXAMPLES = """\
@@ -80,16 +83,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--flip", action="store_true", help="also encode the mirror of each image: twice the samples")
     add("--on-bad-image", default="stop", choices=("stop", "skip"), help="skip: leave it out, list it (default: stop)")
     add("--out", required=True, help="folder or s3://bucket/prefix for the shards and the index")
-    add("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, metavar="N", help="(default: %(default)s)")
+    add("--samples-per-shard", type=int, metavar="N", help="(default: 4096; of webdataset: what each tar has)")
     add("--seed", type=int, default=0, metavar="N", help="of the samples' order (default: 0)")
     add("--raw", type=Path, metavar="FOLDER", help="of fashion-mnist: where its files are (default: beside OUT)")
     parser.add_json_option()
     arguments = parser.parse_args()
     for name in NOT_FOR.get(arguments.source, ("split", "raw", "classes")):
         if getattr(arguments, name) is not None:
-            parser.error(f"--{name} does not go with --source {arguments.source}")
+            parser.error(f"--{name.replace('_', '-')} does not go with --source {arguments.source}")
     if arguments.source != "fashion-mnist" and not arguments.input:
         parser.error(f"--source {arguments.source} needs --input: where the images are")
+    if arguments.samples_per_shard is None:
+        arguments.samples_per_shard = SAMPLES_PER_SHARD
     for option, value in (("--size", arguments.size), ("--samples-per-shard", arguments.samples_per_shard)):
         if value < 1:
             parser.error(f"{option} must be at least 1")
@@ -115,5 +120,8 @@ def open_codec(arguments: argparse.Namespace, local_rank: int) -> Codec:
 
 def describe(store: Store, index: Index) -> dict[str, Any]:
     """The data set's figures; latents are read back for them, and so checked."""
-    moments, _ = SampleReader(store, index).read(spread_ids(len(index)))
-    return data_figures(store, index, Statistics.of(moments, index.latent_shape[0]))
+    reader, ids, statistics = SampleReader(store, index), spread_ids(len(index)), None
+    for start in range(0, len(ids), RUN):  # all at once may be gigabytes
+        of_run = Statistics.of(reader.read(ids[start : start + RUN])[0], index.latent_shape[0])
+        statistics = statistics + of_run if statistics else of_run
+    return data_figures(store, index, statistics)

@@ -10,11 +10,12 @@ import torch
 from diffussm.autoencoders.codec import Codec, codec_from_spec
 from diffussm.commands.common import Parser, emit_json
 from diffussm.commands.figures import data_figures, print_data_figures
-from diffussm.data.index import Index
+from diffussm.data.index import INDEX_NAME, Index
 from diffussm.data.normalisation import scaling_warning
 from diffussm.data.reader import SampleReader
 from diffussm.data.store import Store, open_store
 from diffussm.data.verify import Findings, codec_problems, verify
+from diffussm.data.verify_shard import Problem
 from diffussm.errors import UserError
 from diffussm.pictures import grid, save_png
 
@@ -27,13 +28,9 @@ def main() -> None:
     store = open_store(arguments.dataset)
     index = Index.read(store)
     findings = verify(store, index, QUICK_SHARDS if arguments.quick else None)
-    try:
-        codec = codec_from_spec(index.codec, arguments.autoencoder)
-        findings.problems += codec_problems(index, codec)
-        if arguments.sheet:
-            save_png(arguments.sheet, contact_sheet(store, index, codec))
-    except UserError as error:
-        findings.notes.append(f"nothing was decoded: {error}")
+    found, codec = look_at_codec(index, arguments.autoencoder)
+    findings.problems += found
+    failure = use_codec(store, index, codec, arguments) if codec else None
     figures = data_figures(store, index, findings.statistics)
     warning = scaling_warning(index, findings.statistics) if findings.statistics else None
     if arguments.json != "-":
@@ -47,6 +44,29 @@ def main() -> None:
             f"{store} has {len(findings.problems)} problems in {len(objects)} objects ({', '.join(sorted(objects)[:5])}"
             f"{', ...' if len(objects) > 5 else ''}): restore them, or delete index.json and encode again"
         )
+    if failure:
+        raise failure
+
+
+def look_at_codec(index: Index, location: str | None) -> tuple[list[Problem], Codec | None]:
+    """What is wrong with the codec that the index names; and that codec, unless there is none such."""
+    try:
+        codec = codec_from_spec(index.codec, location)
+    except UserError as error:
+        return [Problem(INDEX_NAME, None, str(error))], None
+    return codec_problems(index, codec), codec
+
+
+def use_codec(store: Store, index: Index, codec: Codec, arguments: argparse.Namespace) -> UserError | None:
+    """Do what was asked for that takes the codec's weights; why it could not be done."""
+    try:
+        if arguments.autoencoder:
+            codec.load()
+        if arguments.sheet:
+            save_png(arguments.sheet, contact_sheet(store, index, codec))
+    except UserError as error:
+        return error
+    return None
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("dataset", metavar="DATASET", help="folder or s3://bucket/prefix with an index.json")
     parser.add_argument("--quick", action="store_true", help=f"read {QUICK_SHARDS} shards; compare the others' sizes")
     parser.add_argument("--sheet", metavar="FILE.png", help=f"draw {SHEET_SAMPLES} samples, spread over the data set")
-    parser.add_argument("--autoencoder", metavar="ID", help="hub id or folder of its weights (default: the index's)")
+    parser.add_argument("--autoencoder", metavar="ID", help="hub id or folder of its weights, to be checked")
     parser.add_json_option()
     return parser.parse_args()
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from diffussm.autoencoders.codec import codec_from_spec
+from diffussm.commands import encode_latents
 from diffussm.data.index import Index
 from diffussm.data.reader import SampleReader
 from diffussm.data.sources.fashion_mnist import DEBIAN_FOLDER, DEBIAN_PACKAGE, load_fashion_mnist
@@ -64,6 +65,10 @@ def test_fashion_mnist_comes_back_pixel_for_pixel(tmp_path: Path) -> None:
         (["--source", "folder", "--out", "x"], "error: --source folder needs --input"),
         (["--source", "folder", "--input", ".", "--split", "test", "--out", "x"], "error: --split does not go with"),
         (["--source", "folder", "--input", ".", "--size", "0", "--out", "x"], "error: --size must be"),
+        (
+            ["--source", "webdataset", "--input", ".", "--samples-per-shard", "9", "--out", "x"],
+            "error: --samples-per-shard does not go with --source webdataset",
+        ),
         (["--source", "folder", "--input", ".", "--on-bad-image", "guess", "--out", "x"], "error: argument --on-bad"),
     ],
 )
@@ -122,6 +127,19 @@ def test_bad_images_stop_it_or_are_left_out_whatever_the_number_of_ranks(folder:
     images = codec_from_spec(index.codec).decode((torch.from_numpy(moments).float() - index.shift) * index.scale)
     np.testing.assert_array_equal(images[48:], images[:48, :, ::-1])
     assert index.class_names == ["cat", "dog"] and np.bincount(labels).tolist() == [48, 48]
+
+
+def test_figures_of_a_data_set_take_the_memory_of_a_run_and_no_more(shades: Path, monkeypatch) -> None:
+    monkeypatch.setattr(encode_latents, "RUN", 50)
+    reads, read = [], SampleReader.read
+    monkeypatch.setattr(SampleReader, "read", lambda self, ids: reads.append(len(ids)) or read(self, ids))
+    store = open_store(shades / "train")
+    index = Index.load(store)
+    figures = encode_latents.describe(store, index)
+    assert reads == [50, 50, 30]
+    moments = read(SampleReader(store, index), np.arange(130))[0]
+    np.testing.assert_allclose(figures["stored"]["mean"], moments.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(figures["stored"]["std"], moments.std((0, 2, 3)), rtol=1e-6)
 
 
 def test_help_has_examples_for_each_launcher() -> None:

@@ -16,9 +16,12 @@ import pytest
 import runs
 from PIL import Image
 
+from diffussm.autoencoders.kl import AutoencoderKLCodec
 from diffussm.commands import verify_shards
+from diffussm.data.encode import encode
 from diffussm.data.index import SAMPLES_NAME, Index
 from diffussm.data.normalisation import Statistics, scaling_warning, spread_ids
+from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import LocalStore, Stat, open_store
 from diffussm.data.verify import verify
 from diffussm.data.verify_shard import Problem
@@ -171,6 +174,59 @@ def test_a_forgotten_scale(data: Path, problems: Callable[..., list[str]]) -> No
     change_index(data, scale=1.0)
     (found,) = problems()
     assert found.startswith("PROBLEM: index.json: its scale is 1.0, its codec's 0.0078")
+
+
+def test_a_codec_that_there_is_not(data: Path, problems: Callable[..., list[str]], tmp_path: Path) -> None:
+    path = data / "index.json"
+    table = json.loads(path.read_text())
+    for codec, line in (
+        ({"name": "nonsense"}, "unknown codec 'nonsense'"),
+        ({"name": "pixel", "x": 1}, "does not take"),
+    ):
+        path.write_text(json.dumps(table | {"codec": codec}))
+        (found,) = problems("--sheet", str(tmp_path / "sheet.png"))
+        assert found.startswith("PROBLEM: index.json: ") and line in found
+    assert not (tmp_path / "sheet.png").exists()
+
+
+@pytest.fixture
+def of_autoencoder(make_autoencoder: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A data set of an autoencoder's latents, and where the autoencoder was and is not any more."""
+    folder, data = make_autoencoder(), tmp_path / "of autoencoder"
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    images = ArrayImages("noise", [], pixels, np.zeros(9, np.int64))
+    encode(images, AutoencoderKLCodec.open(str(folder), 16), open_store(data), 5)
+    return data, folder.rename(folder.with_name(f"{folder.name} moved"))
+
+
+def test_weights_are_needed_only_for_what_was_asked_for_and_then_must_be_the_same(
+    of_autoencoder: tuple[Path, Path], make_autoencoder: Callable[..., Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    data, moved = of_autoencoder
+    sheet, other = tmp_path / "sheet.png", make_autoencoder(seed=1)
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["verify_shards.py", str(data), *map(str, arguments)])
+        try:
+            run_command(verify_shards.main)
+        except SystemExit as end:
+            captured = capsys.readouterr()
+            assert captured.out.endswith("sound\n")  # the data are
+            return end.code, captured.err.splitlines()[-1]
+        return 0, ""
+
+    assert call() == (0, "")
+    assert call("--autoencoder", moved, "--sheet", sheet) == (0, "") and sheet.exists()
+    sheet.unlink()
+    for arguments, line in (
+        (("--sheet", sheet), "is neither a folder nor to be had from the hub"),
+        (("--sheet", sheet, "--autoencoder", other), "has other weights"),
+        (("--autoencoder", other), "has other weights"),
+        (("--autoencoder", tmp_path / "nowhere"), "is neither a folder nor"),
+    ):
+        code, error = call(*arguments)
+        assert code == 2 and error.startswith("error: ") and line in error
+        assert not sheet.exists()
 
 
 def test_latents_far_from_what_the_model_expects(data: Path) -> None:
