@@ -66,7 +66,7 @@ def main() -> None:
             title=title,
         )
 
-    out = arguments.out or samples_folder(found)
+    out = arguments.out or samples_folder(arguments.source, found)
     record = {
         "samples": "samples.npz",
         "checkpoint": str(found),
@@ -158,10 +158,12 @@ def find_checkpoint(source: str | None) -> Checkpoint:
     return found
 
 
-def samples_folder(found: Checkpoint) -> Path:
-    """Where samples go by default: samples/ in the run's folder, or here where the checkpoint is in S3 or elsewhere."""
-    run = Path(str(found.store)).parent
-    return run / "samples" if (run / "config.yaml").is_file() else Path("samples")
+def samples_folder(source: str | None, found: Checkpoint) -> Path:
+    """Where samples go by default: samples/ in the run's folder; here, where only a checkpoint elsewhere was named."""
+    for run in (Path(source or ""), Path(str(found.store)).parent):
+        if (run / "config.yaml").is_file():
+            return run / "samples"
+    return Path("samples")
 
 
 def chosen_classes(text: str | None, names: list[str]) -> list[int]:
