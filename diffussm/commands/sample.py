@@ -160,7 +160,7 @@ def find_checkpoint(source: str | None) -> Checkpoint:
 
 def samples_folder(source: str | None, found: Checkpoint) -> Path:
     """Where samples go by default: samples/ in the run's folder; here, where only a checkpoint elsewhere was named."""
-    for run in (Path(source or ""), Path(str(found.store)).parent):
+    for run in (Path(str(found.store)).parent, Path(source or "")):
         if (run / "config.yaml").is_file():
             return run / "samples"
     return Path("samples")
