@@ -107,7 +107,7 @@ def test_a_launchers_own_signal_saves(shades, tmp_path):
 
 def test_ranks_that_hang_show_where_and_end(shades, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
-    keys = LONG | {"train__total_images": 10**6, "train__hang_minutes": 5 / 60}
+    keys = LONG | {"train__total_images": 10**6, "train__hang_minutes": 15 / 60}
     command = runs.command("torchrun", 2, runs.arguments(shades, run, **keys))
     with runs.started(command, log, lambda: seen(run) >= 80) as process:
         ranks_of(process)[1].suspend()  # it hangs, and rank 0 with it, in a collective
@@ -115,7 +115,7 @@ def test_ranks_that_hang_show_where_and_end(shades, tmp_path):
         assert process.wait(timeout=90) != 0
         assert time.monotonic() - start < 60
     text = log.read_text()
-    assert f'rank 0 on {socket.gethostname()}: no progress for 0.0833333 min in "the step after' in text
+    assert f'rank 0 on {socket.gethostname()}: no progress for 0.25 min in "the step after' in text
     assert "trainer.py" in text and "in train_step" in text
 
 
