@@ -87,17 +87,21 @@ def complete_ds_config(config: dict[str, Any], train: TrainConfig, cluster: Clus
     filled["torch_autocast"] = autocast = {
         "dtype": "bfloat16",
         "enabled": "auto",
-        # under autocast DeepSpeed looks at nothing else for the dtype that gradients travel in
-        "lower_precision_safe_modules": []
-        if config.get("communication_data_type") == "fp32"
-        else LOW_PRECISION_MODULES,
+        "lower_precision_safe_modules": LOW_PRECISION_MODULES,
     } | filled.get("torch_autocast", {})
+    if filled.get("communication_data_type") == "fp32":  # under autocast DeepSpeed looks at this alone
+        autocast["lower_precision_safe_modules"] = []
     if autocast["enabled"] == "auto":
         autocast["enabled"] = use_bf16
     elif train.precision != "auto" and autocast["enabled"] != use_bf16:
         raise UserError(
             f"torch_autocast.enabled {json.dumps(autocast['enabled'])} of the DeepSpeed config contradicts"
             f' train.precision {train.precision}: set the former to "auto"'
+        )
+    if filled.get("communication_data_type") == "bf16" and not autocast["enabled"]:
+        raise UserError(
+            "communication_data_type bf16 of the DeepSpeed config rounds the state space's gradients where nothing else is "
+            "bf16: remove it, or set train.precision bf16"
         )
     for key, value, source in (
         ("train_batch_size", train.global_batch, "train.global_batch"),

@@ -116,3 +116,19 @@ def test_state_space_parameters_have_their_own_rate_and_no_decay():
     assert (ssm["lr"], ssm["weight_decay"]) == (1e-4, 0.0)
     assert (dense["lr"], dense["weight_decay"]) == (1e-3, 0.1)
     assert len(dense["params"]) + len(ssm["params"]) == len(names)
+
+
+@pytest.mark.parametrize("modules", [None, ["torch.nn.Linear"]])
+def test_gradients_travel_in_fp32_where_the_config_says_so(modules):
+    table = {"communication_data_type": "fp32"} | (
+        {"torch_autocast": {"lower_precision_safe_modules": modules}} if modules else {}
+    )
+    filled = complete_ds_config(table, TrainConfig(global_batch=2, precision="bf16"), TWO)
+    assert filled["torch_autocast"]["lower_precision_safe_modules"] == []
+
+
+def test_bf16_gradients_of_an_fp32_run_are_refused():
+    table = {"communication_data_type": "bf16"}
+    with pytest.raises(UserError, match="rounds the state space's gradients"):
+        complete_ds_config(table, TrainConfig(global_batch=2, precision="fp32"), TWO)
+    complete_ds_config(table, TrainConfig(global_batch=2, precision="bf16"), TWO)
