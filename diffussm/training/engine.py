@@ -100,8 +100,8 @@ def complete_ds_config(config: dict[str, Any], train: TrainConfig, cluster: Clus
         )
     if filled.get("communication_data_type") == "bf16" and not autocast["enabled"]:
         raise UserError(
-            "communication_data_type bf16 of the DeepSpeed config rounds the state space's gradients where nothing else is "
-            "bf16: remove it, or set train.precision bf16"
+            "communication_data_type bf16 of the DeepSpeed config rounds the state space's gradients where nothing else "
+            "is bf16: remove it, or set train.precision bf16"
         )
     for key, value, source in (
         ("train_batch_size", train.global_batch, "train.global_batch"),
