@@ -100,7 +100,7 @@ def complete_ds_config(config: dict[str, Any], train: TrainConfig, cluster: Clus
         )
     if filled.get("communication_data_type") == "bf16" and not autocast["enabled"]:
         raise UserError(
-            "communication_data_type bf16 of the DeepSpeed config rounds the state space's gradients where nothing else "
+            "communication_data_type bf16 of the DeepSpeed config rounds the state space's gradients, but nothing else "
             "is bf16: remove it, or set train.precision bf16"
         )
     for key, value, source in (
