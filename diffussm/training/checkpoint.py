@@ -84,9 +84,10 @@ class Checkpoint:
             sound = META in table["files"] and all(len(PurePosixPath(name).parts) == 1 for name in names)
             sound = sound and table["pieces"].keys() <= table["files"].keys() and ".." not in names
             sound = sound and all(type(f["size"]) is int and type(f["sha256"]) is str for f in table["files"].values())
+            sound = sound and _tiled(table["shapes"], table["pieces"])
         except FileNotFoundError:
             raise UserError(f"{self} is not a complete checkpoint: it has no {MANIFEST}") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{self} is torn: {MANIFEST} cannot be read ({error})") from None
         if not sound:
             raise UserError(f"{self} is torn: {MANIFEST} does not list the files of a checkpoint")
@@ -100,7 +101,7 @@ class Checkpoint:
             meta = json.loads(bytes(self._read(META)))
             if meta["format"] != FORMAT:
                 raise UserError(f"{self} is of format {meta['format']!r}, this version reads {FORMAT!r}")
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{self} is not a checkpoint of diffussm: {META}: {error}") from None
         return meta
 
@@ -178,6 +179,22 @@ class Checkpoint:
 
     def _read(self, file: str, start: int = 0, length: int | None = None) -> Any:
         return self.store.read(f"{self.name}/{file}", start, length)
+
+
+def _tiled(shapes: dict[str, list[int]], pieces: dict[str, list[Piece]]) -> bool:
+    """Whether each element of each parameter is in exactly one piece."""
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in shapes}
+    for name, start, size in (piece for of_file in pieces.values() for piece in of_file):
+        spans[name].append((start, start + size))
+    for name, shape in shapes.items():
+        end = 0
+        for start, stop in sorted(spans[name]):
+            if start != end or stop < start:
+                return False
+            end = stop
+        if end != math.prod(shape):
+            return False
+    return True
 
 
 def complete(store: Store) -> list[Checkpoint]:

@@ -53,7 +53,7 @@ def check_agreement(cluster: Cluster, facts: dict[str, str]) -> None:
 
 def disagreement(ranks: list[dict[str, str]]) -> str:
     """What differs between ranks, each a table of facts with ``host`` and ``device``; "" where nothing does."""
-    for fact in ranks[0].keys() - {"host", "device"} if ranks else ():
+    for fact in [name for name in ranks[0] if name not in ("host", "device")]:
         values = Counter(rank.get(fact, "nothing") for rank in ranks)
         if len(values) > 1:
             right = values.most_common(1)[0][0]

@@ -49,6 +49,7 @@ class Partition:
     def __init__(self, engine: Any) -> None:
         self.optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self.device = engine.device  # where collectives work; with offloading the masters are elsewhere
+        self._replicated = engine.zero_optimization_stage() == 0
         locate, self.masters = _layout(engine)
         self.fragments: list[Fragment] = []
         self.shapes: dict[str, torch.Size] = {}
@@ -73,6 +74,11 @@ class Partition:
             dist.all_reduce(flat)  # each element is in one fragment, and 0 elsewhere
             whole[name] = flat.view(shape)
         return whole
+
+    def complete(self, flats: list[Tensor]) -> None:
+        """Stage 0 keeps all on every rank: there each rank takes the others' fragments over. Collective."""
+        for number, flat in enumerate(flats if self._replicated else ()):
+            dist.broadcast(flat.detach(), number % dist.get_world_size())
 
     def moments(self, key: str) -> list[Tensor]:
         """One of Adam's moments, laid out as the masters: zeros before the first step, which takes what is written."""

@@ -157,7 +157,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def restore(found: Checkpoint, partition: Partition, ema: ShardedEMA) -> list[float]:
-    """Adam's state and the averages of a checkpoint, on this rank; the weights are the model's already.
+    """Adam's state and the averages of a checkpoint, on this rank; the weights are the model's already. Collective.
 
     Returns:
         Lengths of averages that it does not have: they begin with its weights.
@@ -167,5 +167,7 @@ def restore(found: Checkpoint, partition: Partition, ema: ShardedEMA) -> list[fl
     kinds = {key: partition.moments(key) for key in MOMENTS}
     kinds |= {ema_kind(length): shadow for length, shadow in ema.shadows.items() if length not in missing}
     found.fill((kind, f.name, f.start, f.of(flats)) for kind, flats in kinds.items() for f in partition.fragments)
+    for flats in kinds.values():
+        partition.complete(flats)
     partition.steps = found.meta["adam_steps"]
     return missing

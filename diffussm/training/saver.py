@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -41,7 +40,7 @@ class Saver:
 
     Args:
         store: of `checkpoints/`.
-        keep: which checkpoints to remove, of all, the newest first.
+        surplus: which checkpoints to remove, of all, the newest first.
         best: name of the metric whose best checkpoint `best` names.
 
     Made by every rank; rank 0 takes possession of the place.
@@ -62,7 +61,6 @@ class Saver:
         self._surplus, self._best = surplus, best
         self._job: _Job | None = None
         self._token = f"{cluster.host} {uuid.uuid4().hex}"
-        self._owner: bytes | None = None
         cluster.from_main(self._take_over)
 
     def save(self, meta: dict[str, Any], kinds: dict[str, list[Tensor]], wait: bool) -> None:
@@ -79,9 +77,6 @@ class Saver:
         """
         failed = self.settle()
         name = checkpoint.name_of(meta["images"])
-        if self._cluster.is_main and self._store.exists(f"{name}/{MANIFEST}"):  # a torn one, which loading passed over
-            self.discard(name)
-        dist.barrier(self._cluster.control)
         content = pack(
             {f"{kind}:{f.name}": f.of(flats) for kind, flats in kinds.items() for f in self._partition.fragments}
         )
@@ -95,17 +90,24 @@ class Saver:
         job, self._job = self._job, None
         if job is None:
             return ""
-        job.tried.wait()
-        failing = torch.tensor(int(job.failing))
-        dist.all_reduce(failing, dist.ReduceOp.MAX, group=self._cluster.control)
         while job.thread.is_alive():
-            if failing or job.failing:  # the latter: rank 0 can still fail to publish
+            if job.failing:  # on any rank: the threads of the others wait for this one's
                 job.give_up.set()
             job.thread.join(0.02)
         return job.outcome
 
+    def make_room(self, name: str) -> None:
+        """Remove a torn checkpoint of that name, which loading passed over.
+
+        Raises:
+            UserError: another process has taken over: it may have published one of that name.
+        """
+        self._own()
+        if self._store.exists(f"{name}/{MANIFEST}"):
+            self.discard(name)
+
     def publish(self, name: str, meta: dict[str, Any], records: list[dict[str, Any]]) -> None:
-        """Make a checkpoint exist whose rank files are all there; then remove those that are surplus.
+        """Make a checkpoint exist whose rank files are all there.
 
         Raises:
             UserError: another process has published in the meantime.
@@ -119,14 +121,16 @@ class Saver:
             "shapes": {name: list(shape) for name, shape in self._partition.shapes.items()},
             "pieces": {rank_file(rank): record["pieces"] for rank, record in enumerate(records)},
         }
-        self._own(self._owner, name)
+        self._sign(self._own(), name)  # at each try: while a cut network failed the one before, another may have begun
         self._store.put(f"{name}/{META}", text)
         self._store.put(f"{name}/{MANIFEST}", (json.dumps(manifest) + "\n").encode())
         self._store.put(LATEST, f"{name}\n".encode())
-        there = [c for c in checkpoint.complete(self._store) if c.name <= name]
-        if self._best and (found := checkpoint.best_of(there, self._best)):
+        if self._best and (found := checkpoint.best_of(self._up_to(name), self._best)):
             self._store.put(BEST, f"{found.name}\n".encode())
-        for old in self._surplus(there):
+
+    def tidy(self, name: str) -> None:
+        """Remove checkpoints that are surplus now that ``name`` exists."""
+        for old in self._surplus(self._up_to(name)):
             self.discard(old.name)
 
     def write(self, name: str, content: bytearray) -> dict[str, Any]:
@@ -141,25 +145,46 @@ class Saver:
         """Remove a checkpoint, or what there is of one."""
         self._store.delete_all(f"{name}/", first=f"{name}/{MANIFEST}")
 
+    def withdraw(self, name: str) -> None:
+        """Remove what there is of a checkpoint that could not be published. Raises as :meth:`make_room`."""
+        self._own()
+        self.discard(name)
+
+    def _up_to(self, name: str) -> list[Checkpoint]:
+        there = []
+        for found in checkpoint.complete(self._store):
+            if found.name <= name:
+                with contextlib.suppress(UserError):  # a torn one counts as nothing, and is left to be looked at
+                    _ = found.meta
+                    there.append(found)
+        return there
+
     def _take_over(self) -> None:
         """Take possession, and remove what killed processes have left."""
-        self._own(_read(self._store, OWNER), "")
+        self._sign(_read(self._store, OWNER), "")
         self._store.sweep()
         published = {c.name for c in checkpoint.complete(self._store)}
         for name in {path.split("/")[0] for path in self._store.list(checkpoint.PREFIX)} - published:
             self.discard(name)
 
-    def _own(self, before: bytes | None, name: str) -> None:
-        """Say in `owner` that this process publishes ``name``, if nobody has taken its place."""
-        line = f"{self._token} {name}\n".encode()
-        if line != self._owner:  # as it is at another try to publish the same
-            try:
-                self._store.swap(OWNER, before, line)
-            except FileExistsError:
-                raise UserError(
-                    f"another process has begun to save into {self._store}: only one may train a run: stop one of them"
-                ) from None
-            self._owner = line
+    def _sign(self, before: bytes | None, name: str) -> None:
+        """Say in `owner` that this process publishes ``name``, if that is still ``before``."""
+        try:
+            self._store.swap(OWNER, before, f"{self._token} {name}\n".encode())
+        except FileExistsError:
+            raise self._replaced() from None
+
+    def _own(self) -> bytes:
+        """What `owner` says, which is this process; UserError where another has taken its place."""
+        owner = _read(self._store, OWNER) or b""
+        if not owner.startswith(self._token.encode()):
+            raise self._replaced()
+        return owner
+
+    def _replaced(self) -> UserError:
+        return UserError(
+            f"another process has begun to save into {self._store}: only one may train a run: stop one of them"
+        )
 
 
 def _read(store: Store, name: str) -> bytes | None:
@@ -173,7 +198,6 @@ class _Job:
     """One save, in a thread.
 
     Attributes:
-        tried: this rank's file has been written, or that has failed once.
         failing: the last try has failed, and others follow until ``give_up`` is set.
         outcome: once the thread has ended, what has failed, the same on all ranks; or "".
     """
@@ -181,7 +205,7 @@ class _Job:
     def __init__(self, saver: Saver, name: str, meta: dict[str, Any], content: bytearray, tries: float) -> None:
         self._saver, self._cluster = saver, saver._cluster
         self._name, self._meta, self._content, self._tries = name, meta, content, tries
-        self.tried, self.give_up = threading.Event(), threading.Event()
+        self.give_up = threading.Event()
         self.failing = False
         self.outcome = ""
         self.thread = threading.Thread(target=self._run, name="saver", daemon=True)
@@ -189,23 +213,33 @@ class _Job:
 
     def _run(self) -> None:
         try:
-            record = self._try(lambda: self._saver.write(self._name, self._content))
-            del self._content
-            records: list[Any] = [None] * self._cluster.world_size
-            dist.all_gather_object(records, record, group=self._cluster.saving)
-            outcome = [next((r for r in records if isinstance(r, str)), "")]
-            if self._cluster.is_main and not outcome[0]:
-                published = self._try(lambda: self._saver.publish(self._name, self._meta, records))
-                outcome = [published or ""]
-            if self._cluster.is_main and outcome[0]:
-                with contextlib.suppress(OSError, UserError):  # what others have written; else the next start does it
-                    self._saver.discard(self._name)
-            dist.broadcast_object_list(outcome, group=self._cluster.saving)
-            self.outcome = outcome[0]
-        except RuntimeError as error:  # a rank is gone: the collectives of training say so, too
-            self.outcome = f"{self._name} was not saved: {error}"
-        finally:
-            self.tried.set()
+            self.outcome = self._save()
+        except Exception as error:  # such as a collective's, as a rank is gone
+            self.outcome = f"checkpoint {self._name} was not saved: {error}"
+
+    def _save(self) -> str:
+        problem = self._tell(self._cluster.is_main and self._try(lambda: self._saver.make_room(self._name)))
+        if problem:
+            return problem
+        record = self._try(lambda: self._saver.write(self._name, self._content))
+        del self._content
+        records: list[Any] = [None] * self._cluster.world_size
+        dist.all_gather_object(records, record, group=self._cluster.saving)
+        problem = next((r for r in records if isinstance(r, str)), "")
+        if self._cluster.is_main:
+            problem = problem or self._try(lambda: self._saver.publish(self._name, self._meta, records))
+            if problem:
+                with contextlib.suppress(OSError, UserError):  # else the next start does it
+                    self._saver.withdraw(self._name)
+            else:
+                self._tidy()
+        return self._tell(problem)
+
+    def _tell(self, problem: Any) -> str:
+        """Rank 0's ``problem``, on every rank; "" where it has none."""
+        told = [problem or ""]
+        dist.broadcast_object_list(told, group=self._cluster.saving)
+        return told[0]
 
     def _try(self, action: Callable[[], Any]) -> Any:
         """What ``action`` returns, once it does not fail; or, when given up, what has failed."""
@@ -214,23 +248,31 @@ class _Job:
             try:
                 result = action()
                 self.failing = False
-                self.tried.set()
                 return result
             except (OSError, UserError) as error:
-                text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-                problem = f"checkpoint {self._name} cannot be written: {text}"
+                problem = f"checkpoint {self._name} cannot be written: {_text(error)}"
             tries += 1
             if tries >= self._tries:
                 return problem
             if self._tries == math.inf:
                 self.failing = True
-                self.tried.set()
-                self._warn(problem, "training goes on until the next checkpoint, and ends if that fails as well")
+                outlook = "training goes on until the next checkpoint, and ends if that fails as well"
             else:
-                self._warn(problem, f"{self._tries - tries} tries are left")
+                outlook = f"{self._tries - tries} tries are left"
+            self._warn(problem, f"trying again in {RETRY_SECONDS} s; {outlook}")
             if self.give_up.wait(RETRY_SECONDS):
                 return problem
 
+    def _tidy(self) -> None:
+        try:
+            self._saver.tidy(self._name)
+        except (OSError, UserError) as error:
+            self._warn(f"checkpoints before {self._name} cannot be removed: {_text(error)}", "the next start does it")
+
     def _warn(self, problem: str, outlook: str) -> None:
         who = f"rank {self._cluster.rank} on {self._cluster.host}"
-        print(f"warning: {who}: {problem}: trying again in {RETRY_SECONDS} s; {outlook}", file=sys.stderr, flush=True)
+        print(f"warning: {who}: {problem}: {outlook}", file=sys.stderr, flush=True)
+
+
+def _text(error: OSError | UserError) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)

@@ -36,6 +36,12 @@ def test_most_are_right_even_where_rank_0_is_odd():
     assert "rank 0 on node0 has old, the others have abc" in disagreement(ranks(4, rank0={"code": "old"}))
 
 
+def test_of_many_differences_the_first_is_told():
+    """By each rank the same: it may explain the others."""
+    line = disagreement(ranks(4, rank1={"code": "old", "world size": "2", "configuration": "c1"}))
+    assert "do not agree on code" in line
+
+
 def test_many_are_counted():
     line = disagreement(ranks(16, **{f"rank{n}": {"code": "old"} for n in range(6)}))
     assert "rank 3 on node1 has old and 2 more ranks differ" in line and "rank 4" not in line
