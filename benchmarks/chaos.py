@@ -48,7 +48,7 @@ from diffussm.training import checkpoint
 from diffussm.training.monitor import log_of
 
 ROOT = Path(__file__).parent.parent
-BATCH, STEPS_PER_SAVE, STEPS_PER_KILL = 8, 8, 32
+BATCH, STEPS_PER_SAVE, STEPS_PER_KILL = 8, 8, 64
 TAIL = 8192  # bytes: some records
 LONGEST = 1.0  # seconds after the first step, of a kill in a step
 PATIENCE = 120.0  # seconds to wait for a moment or an end
