@@ -96,6 +96,13 @@ def remove_temporaries(folder: Path) -> None:
         folders[:] = [name for name in folders if name[0] != "."]
 
 
+def remove_temporaries_of(path: Path) -> None:
+    """Likewise, of one file, beside which others may be being written."""
+    for folder in path.parent.glob(f".{path.name}.*"):
+        if (match := TEMPORARY_FOLDER.fullmatch(folder.name)) and match[1] == path.name and folder.is_dir():
+            shutil.rmtree(folder)
+
+
 def fsync(path: str | Path) -> None:
     """Flush a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -28,7 +28,7 @@ from diffussm.data.stream import LatentStream
 from diffussm.diffusion.losses import hybrid_loss
 from diffussm.diffusion.schedule import Schedule
 from diffussm.errors import Stopped, UserError
-from diffussm.files import write_atomically, write_json
+from diffussm.files import remove_temporaries_of, write_atomically, write_json
 from diffussm.models.diffussm import DiffuSSM, choose_ssm_backend
 from diffussm.models.macs import forward_macs
 from diffussm.training import checkpoint
@@ -48,6 +48,8 @@ from diffussm.training.saver import Saver
 from diffussm.training.skipped import Skipped
 from diffussm.training.telemetry import LossMeter, StepClock, gradient_norms, memory_figures, weight_figures
 from diffussm.training.watchdog import Watchdog
+
+RECORDS = "config.yaml", "ds_config.json", "log.jsonl", "skipped.jsonl"  # rewritten at the start of a run
 
 
 class Trainer:
@@ -85,6 +87,8 @@ class Trainer:
                 micro_batch = ds_config["train_micro_batch_size_per_gpu"]
                 train.ssm_backend = self._choose_ssm_backend(found, micro_batch, precision)
             if cluster.is_main:
+                for name in RECORDS:
+                    remove_temporaries_of(self.run / name)
                 write_atomically(self.run / "config.yaml", config.to_yaml())
                 write_json(self.run / "ds_config.json", ds_config)
             dog.beat("the model")
