@@ -1,19 +1,28 @@
 """Kill -9 at random moments of a real run, again and again: is what comes out what an undisturbed run gives?
 
-    python -m benchmarks.chaos --kills 20                     about 6 minutes on 2 cores
+    python -m benchmarks.chaos --kills 20                     about 5 minutes on 2 cores
     python -m benchmarks.chaos --kills 20 --store s3          checkpoints in a real S3 server (SeaweedFS)
     python -m benchmarks.chaos --quick                        2 kills
 
 Two ranks under torchrun train a tiny model through diffussm/train.py, with a checkpoint every few steps. A kill takes
-one rank, or all ranks and the launcher, at one of these moments:
+one rank, or the launcher and all ranks. Half of the kills strike at a random time:
 
-    start      before the first step, or while a checkpoint is being read
-    step       some time after the first step
-    save       when a rank's file is there, or on its way, and the manifest is not
-    publish    when the manifest is there, or on its way, and `latest` names another checkpoint
+    start      before the first step
+    step       some steps after the first, whatever is under way then
 
-After each kill every published checkpoint must be whole. At the end the loss curve and every tensor of the last
-checkpoint must be those of the undisturbed run, bit for bit, and the same files must lie there.
+and half when this can be seen from outside:
+
+    records    a new process rewrites config.yaml, ds_config.json or log.jsonl
+    resume     a new process has taken possession of the checkpoints, and removes what the last one left
+    save       a rank's file is there, or on its way, and the manifest is not
+    publish    the manifest is there, and `latest` still names another checkpoint
+    prune      `latest` names the new one, and one that is no longer to be kept is there, whole or not
+
+Such a moment can be shorter than a look from outside: the ranks are stopped (SIGSTOP) when it is seen, looked at again,
+and killed if it still is that moment; if not, they go on to the next. What each kill has left is counted, too.
+
+After each kill every published checkpoint must be whole, and `latest` must name one. At the end the loss curve and
+every tensor of the last checkpoint must be those of the undisturbed run, bit for bit, and the same files must be there.
 """
 
 from __future__ import annotations
@@ -28,7 +37,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,20 +50,24 @@ from benchmarks.common import Goal, Report, make_parser, say
 from benchmarks.seaweed import Seaweed, free_ports
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.encode import encode
+from diffussm.data.s3_requests import make_client
 from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
 from diffussm.errors import UserError, run_command
-from diffussm.files import hold_lock
+from diffussm.files import TEMPORARY_FOLDER, hold_lock
 from diffussm.training import checkpoint
 from diffussm.training.monitor import log_of
 
 ROOT = Path(__file__).parent.parent
-BATCH, STEPS_PER_SAVE, STEPS_PER_KILL = 8, 8, 64
+BUCKET = "chaos"
+BATCH, STEPS_PER_SAVE, STEPS_PER_KILL, KEEP = 8, 4, 24, 2
+LATER = 12  # steps after a life's first, within which it is killed or the wait for a moment begins
+SAVES = 2  # that may pass before a moment is met; then the kill strikes anyway
 TAIL = 8192  # bytes: some records
-LONGEST = 1.0  # seconds after the first step, of a kill in a step
 PATIENCE = 120.0  # seconds to wait for a moment or an end
-MOMENTS = ("start", "step", "save", "publish")
+AT_RANDOM, SEEN = ("start", "step"), ("records", "resume", "save", "publish", "prune")
 EXACT = ("images", "loss/total", "loss/mse", "loss/vlb", "grad_norm", "lr/dense", "lr/ssm")
+MARK = "DIFFUSSM_CHAOS"  # in the environment of all that a life has started
 
 
 def main() -> None:
@@ -65,30 +79,25 @@ def main() -> None:
     kills = 2 if arguments.quick else arguments.kills
     if kills < 1:
         raise UserError(f"--kills {kills}: at least 1")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and leave no process behind
     report = Report(f"{kills} kills -9 of a run of two ranks, checkpoints on {arguments.store}", torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         if arguments.store == "s3":
             server = stack.enter_context(Seaweed(folder / "server"))
             os.environ |= server.environment
-            make_bucket()
+            make_client().create_bucket(Bucket=BUCKET)
         make_data(folder / "data")
         chaos = Chaos(folder, arguments.store, kills, random.Random(arguments.seed))
-        found = chaos.compare()
-    for (moment, victims), count in sorted(chaos.hits.items()):
-        report.rows.append({"name": f"{moment}, {victims}", "kills": count})
-    report.rows.append({"name": "steps", "of the run": chaos.steps, "made again": chaos.again})
-    for goal, (value, bound, at_most) in found.items():
-        report.goals.append(Goal(goal, value, bound, at_most))
+        report.goals += chaos.compare()
+    for moment in (*AT_RANDOM, *SEEN):
+        who = {victims: chaos.hits[moment, victims] for victims in ("one rank", "all")}
+        report.rows.append({"name": f"kills: {moment}", **who})
+    report.rows += [{"name": f"left: {what}", "kills": count} for what, count in sorted(chaos.left.items())]
+    report.rows.append({"name": "steps", "of the run": chaos.steps, "made again": chaos.made - chaos.steps})
     report.finish(arguments.json)
     if not all(goal.ok for goal in report.goals):
         sys.exit(1)
-
-
-def make_bucket() -> None:
-    from diffussm.data.s3_requests import make_client
-
-    make_client().create_bucket(Bucket="chaos")
 
 
 def make_data(folder: Path) -> None:
@@ -99,6 +108,45 @@ def make_data(folder: Path) -> None:
         np.arange(130) % 2,
     )
     encode(source, PixelCodec(16, 16, 1, size=16), open_store(folder), 40)
+
+
+@dataclass
+class State:
+    """What lies at a run's checkpoints.
+
+    Attributes:
+        folders: checkpoint, whole or not → names of its files.
+        latest: its content; "" where it is not.
+        hidden: a file is on its way.
+    """
+
+    folders: dict[str, set[str]]
+    latest: str
+    hidden: bool
+
+    @property
+    def published(self) -> list[str]:
+        return sorted(name for name, files in self.folders.items() if checkpoint.MANIFEST in files)
+
+    @property
+    def newest(self) -> str:
+        return max(self.published, default="")
+
+    def saving(self) -> bool:
+        return any(name > self.newest for name in self.folders)
+
+    def publishing(self) -> bool:
+        return self.newest > self.latest
+
+    def pruning(self, every_images: int) -> bool:
+        """``every_images`` is a multiple of what lies between two saves."""
+        kept = self.published[-KEEP:]
+        kept += [name for name in self.published if images_of(name) % every_images == 0]
+        return self.newest == self.latest and any(name < self.newest and name not in kept for name in self.folders)
+
+
+def images_of(name: str) -> int:
+    return int(name.removeprefix(checkpoint.PREFIX))
 
 
 @dataclass
@@ -121,118 +169,262 @@ class Run:
     def published(self) -> list[checkpoint.Checkpoint]:
         return checkpoint.complete(open_store(self.checkpoints))
 
+    def owner(self) -> bytes | None:
+        """What names the process that publishes."""
+        with contextlib.suppress(FileNotFoundError):
+            return bytes(open_store(self.checkpoints).read("owner"))
+        return None
+
+    def state(self) -> State:
+        """Raises FileNotFoundError where what was listed is gone."""
+        store, folders, latest = open_store(self.checkpoints), collections.defaultdict(set), ""
+        for name in store.list():
+            folder, _, file = name.rpartition("/")
+            if folder:
+                folders[folder].add(file)
+            elif name == "latest":
+                latest = bytes(store.read(name)).decode().strip()
+        # of S3 there is no such folder: nothing is to be seen of what is on its way
+        hidden = [p for p in Path(self.checkpoints).rglob(".*") if TEMPORARY_FOLDER.fullmatch(p.name)]
+        for path in hidden:
+            if path.parent.name.startswith(checkpoint.PREFIX):
+                folders[path.parent.name].add(path.name)
+        return State(dict(folders), latest, bool(hidden))
+
+
+class Life:
+    """A process of the run, from its start to its end, and all that it has started. To be left dead.
+
+    Attributes:
+        log: what it says.
+    """
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log, self._mark = log, uuid.uuid4().hex
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", MARK: self._mark}
+        with open(log, "w") as file:
+            self.launcher = psutil.Popen(
+                command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            )
+
+    def __enter__(self) -> Life:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill(self.launcher)
+        self.launcher.wait()
+        while family := self.family():  # it may have started one more while it was killed
+            for process in family:
+                self.kill(process)
+            psutil.wait_procs(family, timeout=1)
+
+    @property
+    def over(self) -> bool:
+        return self.launcher.poll() is not None
+
+    @property
+    def announced(self) -> bool:
+        """It has read its checkpoint, and begins with steps."""
+        return "; from the start\n" in (text := self.log.read_text()) or "; going on at " in text
+
+    def ranks(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return self.launcher.children()
+        return []
+
+    def family(self) -> list[psutil.Process]:
+        """All that live of those that it has started, also where their parent is gone."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def stop(self) -> None:
+        self.signal(signal.SIGSTOP, self.ranks())
+
+    def go_on(self) -> None:
+        self.signal(signal.SIGCONT, self.ranks())
+
+    def kill(self, process: psutil.Process) -> None:
+        self.signal(signal.SIGKILL, [process])
+
+    def signal(self, number: int, processes: list[psutil.Process]) -> None:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def end(self) -> None:
+        """Wait until all of it has ended by itself.
+
+        Raises:
+            UserError: that does not come.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not self.over or self.family():
+            if time.monotonic() > deadline:
+                raise UserError(f"a run of which a rank was killed has not ended in {PATIENCE:.0f} s: {self.tail()}")
+            time.sleep(0.1)
+
+    def tail(self) -> str:
+        return self.log.read_text()[-3000:]
+
 
 class Chaos:
     """An undisturbed run and one that is killed.
 
     Attributes:
         hits: (moment, who was killed) → kills.
-        again: steps that were made more than once.
+        left: what lay there after a kill → kills.
+        made: steps that were made by the run that is killed.
     """
 
     def __init__(self, folder: Path, store: str, kills: int, chance: random.Random) -> None:
         self.folder, self.kills, self.chance = folder, kills, chance
-        self.steps = STEPS_PER_KILL * kills // STEPS_PER_SAVE * STEPS_PER_SAVE
+        quarter = 4 * STEPS_PER_SAVE
+        self.steps = -(-STEPS_PER_KILL * kills // quarter) * quarter
+        self.every_images = self.steps // 4 * BATCH
         self.hits: collections.Counter[tuple[str, str]] = collections.Counter()
-        self.again, self.torn = 0, 0
+        self.left: collections.Counter[str] = collections.Counter()
+        self.made, self.torn = 0, 0
         self.calm, self.killed = (
-            Run(folder / name, f"s3://chaos/{name}" if store == "s3" else str(folder / name / "checkpoints"))
+            Run(folder / name, f"s3://{BUCKET}/{name}" if store == "s3" else str(folder / name / "checkpoints"))
             for name in ("calm", "killed")
         )
 
-    def compare(self) -> dict[str, tuple[float, float, bool]]:
-        """goal → (value, bound, whether it is the most)."""
+    def compare(self) -> list[Goal]:
         say("chaos: the undisturbed run")
-        with self.started(self.calm, "calm.log") as life:
-            self.finish(life, "calm.log")
+        started = time.monotonic()
+        with self.start(self.calm, "calm.log") as life:
+            self.until(lambda: self.calm.seen > 0, life)
+            self.starting = time.monotonic() - started  # seconds before the first step
+            self.finish(life)
+        moments: list[str] = []
         for number in range(self.kills):
             if self.killed.seen >= self.steps * BATCH:
                 break
-            self.kill_once(number)
+            if not moments:  # each comes in its turn, in no order
+                moments = [*AT_RANDOM * 2, *SEEN]
+                self.chance.shuffle(moments)
+            self.kill_once(number, moments.pop())
         say("chaos: to the end")
-        with self.started(self.killed, "last.log") as life:
-            self.finish(life, "last.log")
-        same_curve = curve(self.calm) == curve(self.killed)
-        same_tensors = tensors(self.calm) == tensors(self.killed)
+        before = self.newest_images()
+        with self.start(self.killed, "last.log") as life:
+            self.finish(life)
+        self.check()
+        self.made += self.steps - before // BATCH
         litter = files(self.calm) ^ files(self.killed)
         for name in sorted(litter):
             say(f"chaos: {name} is of one run only")
-        return {
-            "kills done": (sum(self.hits.values()), self.kills, False),
-            "loss curve identical": (float(same_curve), 1, False),
-            "last checkpoint identical": (float(same_tensors), 1, False),
-            "torn checkpoints": (self.torn, 0, True),
-            "files of one run only": (len(litter), 0, True),
-        }
+        return [
+            Goal("kills done", sum(self.hits.values()), self.kills),
+            Goal("curve identical", int(curve(self.calm) == curve(self.killed)), 1),
+            Goal("last checkpoint identical", int(tensors(self.calm) == tensors(self.killed)), 1),
+            Goal("torn checkpoints", self.torn, 0, at_most=True),
+            Goal("litter", len(litter), 0, at_most=True),
+        ]
 
-    def kill_once(self, number: int) -> None:
-        moment, alone = self.chance.choice(MOMENTS), self.chance.random() < 0.5
-        log = f"life-{number}.log"
-        with self.started(self.killed, log) as life:
-            self.wait_for(moment, life, log)
-            seen = self.killed.seen
-            family = psutil.Process(life.pid).children(recursive=True)
-            ranks = [process for process in family if is_rank(process)]
-            ended = life.poll() is not None
-            for process in [self.chance.choice(ranks)] if alone and ranks else [*family, psutil.Process(life.pid)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            if not ended:
-                self.hits[moment, "one rank" if alone and ranks else "all"] += 1
-            for process in psutil.wait_procs([*family, psutil.Process(life.pid)], timeout=PATIENCE)[1]:
-                raise UserError(f"process {process.pid} outlived a killed rank for {PATIENCE:.0f} s: {log}")
+    def kill_once(self, number: int, moment: str) -> None:
+        alone = self.chance.random() < 0.5
+        before = self.newest_images()
+        with self.start(self.killed, f"life-{number}.log") as life:
+            moment = self.wait_for(moment, life)
+            seen, ranks = self.killed.seen, life.ranks()
+            if life.over:  # "kills done" falls short where the run was too fast
+                return self.finish(life)
+            who = "one rank" if alone and ranks else "all"
+            if who == "all":
+                for process in [life.launcher, *ranks]:
+                    life.kill(process)
+            else:
+                life.kill(self.chance.choice(ranks))
+                life.go_on()
+                life.end()
+            made = max(seen, self.killed.seen) if life.announced else before
         self.wait_for_lock()
-        newest = 0
+        self.made += (made - before) // BATCH
+        self.hits[moment, who] += 1
+        left = self.check()
+        self.left[left] += 1
+        place = f"at {seen:,} of {self.steps * BATCH:,} images"
+        say(f"chaos: kill {number + 1} of {self.kills}: {moment}, {who}, {place}; left: {left}")
+
+    def wait_for(self, moment: str, life: Life) -> str:
+        """Return at such a moment, which the ranks may be stopped in; or at another, which it names."""
+        if moment == "start":
+            end = time.monotonic() + self.chance.uniform(0, self.starting)
+            self.until(lambda: time.monotonic() > end or life.announced, life)
+            return moment
+        if moment == "resume":
+            owner = self.killed.owner()
+            self.until(lambda: self.killed.owner() != owner, life, pause=0.005)
+            return moment
+        if moment == "records":
+            return self.strike(moment, lambda: life.announced, "start", life)
+        self.until(lambda: life.announced, life)
+        first = self.killed.seen + BATCH * self.chance.randint(1, LATER)
+        self.until(lambda: self.killed.seen >= first, life)
+        if moment == "step":
+            time.sleep(self.chance.uniform(0, 0.1))
+            return moment
+        last = self.killed.seen + SAVES * STEPS_PER_SAVE * BATCH
+        return self.strike(moment, lambda: self.killed.seen > last, "step", life)
+
+    def strike(self, moment: str, too_late: Callable[[], bool], otherwise: str, life: Life) -> str:
+        """Stop the ranks at such a moment, or, when it is too late for it, wherever they are: then ``otherwise``."""
+        while True:
+            self.until(lambda: self.is_moment(moment) or too_late(), life, pause=0.001)
+            life.stop()
+            if self.is_moment(moment) or life.over:
+                return moment
+            if too_late():
+                return otherwise
+            life.go_on()
+
+    def is_moment(self, moment: str) -> bool:
+        try:
+            if moment == "records":
+                return any(TEMPORARY_FOLDER.fullmatch(name) for name in os.listdir(self.killed.folder))
+            state = self.killed.state()
+        except FileNotFoundError:  # what was listed is gone
+            return False
+        if moment == "prune":
+            return state.pruning(self.every_images)
+        return state.publishing() if moment == "publish" else state.saving()
+
+    def check(self) -> str:
+        """Look at what lies there after a death: what of a save it has cut off."""
         for found in self.killed.published():
             try:
                 found.verify()
-                newest = max(newest, found.meta["images"])
             except UserError as error:
                 say(f"chaos: {error}")
                 self.torn += 1
-        self.again += max(0, seen - newest) // BATCH
-        who = "one rank" if alone else "all"
-        say(f"chaos: kill {number + 1} of {self.kills}: {moment}, {who}, at {seen:,} of {self.steps * BATCH:,} images")
+        state = self.killed.state()
+        if state.latest and state.latest not in state.published:
+            say(f"chaos: latest names {state.latest}, which is not there")
+            self.torn += 1
+        newer = [files for name, files in state.folders.items() if name > state.newest]
+        if newer:
+            return "all files but the manifest" if checkpoint.META in newer[0] else "rank files, no manifest"
+        if state.publishing():
+            return "manifest, not yet in latest"
+        if state.pruning(self.every_images):
+            return "surplus checkpoint"
+        return "a temporary file" if state.hidden else "nothing"
 
-    def wait_for(self, moment: str, life: subprocess.Popen[bytes], log: str) -> None:
-        """Return at such a moment, or when the run has ended."""
-        if moment == "start":
-            time.sleep(self.chance.uniform(0, 9))
-            return
-        before = self.killed.seen
+    def newest_images(self) -> int:
+        newest = self.killed.state().newest
+        return images_of(newest) if newest else 0
 
-        def stepped() -> bool:
-            return self.killed.seen > before
-
-        self.until(stepped, life, log)
-        time.sleep(self.chance.uniform(0, LONGEST))
-        if moment != "step":
-            self.until(self.saving if moment == "save" else self.publishing, life, log)
-
-    def saving(self) -> bool:
-        if self.killed.checkpoints.startswith("s3:"):
-            names = open_store(self.killed.checkpoints).list("images-")
-            folders = {name.split("/")[0] for name in names}
-            return any(f"{folder}/manifest.json" not in names for folder in folders)
-        found = Path(self.killed.checkpoints).glob("images-*")
-        return any(not (path / "manifest.json").exists() for path in found)
-
-    def publishing(self) -> bool:
-        store = open_store(self.killed.checkpoints)
-        with contextlib.suppress(FileNotFoundError):
-            latest = bytes(store.read("latest")).decode().strip()
-            if self.killed.checkpoints.startswith("s3:"):
-                return any(name.endswith("meta.json") and name.split("/")[0] > latest for name in store.list("images-"))
-            newer = [path for path in Path(self.killed.checkpoints).glob("images-*") if path.name > latest]
-            return any((path / "meta.json").exists() for path in newer)
-        return False
-
-    def until(self, condition: Callable[[], bool], life: subprocess.Popen[bytes], log: str) -> None:
+    def until(self, condition: Callable[[], bool], life: Life, pause: float = 0.02) -> None:
+        """Return when it holds, or the run has ended; ``pause`` seconds between looks, which cost the ranks time."""
         deadline = time.monotonic() + PATIENCE
-        while life.poll() is None and not condition():
+        while not life.over and not condition():
             if time.monotonic() > deadline:
-                raise UserError(f"nothing came in {PATIENCE:.0f} s: {(self.folder / log).read_text()[-2000:]}")
-            time.sleep(0.002)
+                raise UserError(f"nothing came in {PATIENCE:.0f} s: {life.tail()}")
+            time.sleep(pause)
 
     def wait_for_lock(self) -> None:
         """Until no rank of a killed launcher holds the run."""
@@ -246,46 +438,24 @@ class Chaos:
                     raise
                 time.sleep(0.05)
 
-    def finish(self, life: subprocess.Popen[bytes], log: str) -> None:
-        if life.wait() != 0:
-            raise UserError(f"a run failed: {(self.folder / log).read_text()[-3000:]}")
+    def finish(self, life: Life) -> None:
+        if life.launcher.wait() != 0:
+            raise UserError(f"a run failed: {life.tail()}")
 
-    @contextlib.contextmanager
-    def started(self, run: Run, log: str) -> Iterator[subprocess.Popen[bytes]]:
-        port = free_ports(1)[0]
+    def start(self, run: Run, log: str) -> Life:
         keys = {
             "run_dir": run.folder, "data.path": self.folder / "data", "data.prepare": "null", "train.checkpoints":
             run.checkpoints, "model.width": 16, "model.depth": 1, "model.state": 4, "train.global_batch": BATCH,
             "train.total_images": self.steps * BATCH, "train.ssm_backend": "fft", "train.log_images": BATCH,
             "train.checkpoint_images": STEPS_PER_SAVE * BATCH, "train.sample_images": 0, "train.decay_images": 0,
-            "train.keep_checkpoints": 2, "train.keep_every_images": self.steps * BATCH // 4, "train.hang_minutes": 1,
+            "train.keep_checkpoints": KEEP, "train.keep_every_images": self.every_images, "train.hang_minutes": 1,
         }  # fmt: skip
         command = [
-            str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", f"--master_port={port}",
+            str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", f"--master_port={free_ports(1)[0]}",
             str(ROOT / "diffussm/train.py"), f"--deepspeed={ROOT / 'ds_configs/zero2.json'}",
             *(f"--{key}={value}" for key, value in keys.items()),
         ]  # fmt: skip
-        with open(self.folder / log, "w") as file:
-            life = subprocess.Popen(
-                command, env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            )  # fmt: skip
-        try:
-            yield life
-        finally:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for process in psutil.Process(life.pid).children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(life.pid, signal.SIGKILL)
-            life.wait()
-
-
-def is_rank(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-        return any(word.endswith("diffussm/train.py") for word in process.cmdline())
-    return False
+        return Life(command, self.folder / log)
 
 
 def curve(run: Run) -> list[tuple[float, ...]]:
@@ -301,7 +471,12 @@ def tensors(run: Run) -> dict[str, bytes]:
 def files(run: Run) -> set[str]:
     """Names in the run's folder and of the checkpoints; TensorBoard's, which bear their time, without them."""
     local = {p.relative_to(run.folder).as_posix() for p in run.folder.rglob("*") if p.parent.name != "tensorboard"}
-    return local | {f"checkpoints: {name}" for name in open_store(run.checkpoints).list()}
+    found = local | {f"checkpoints: {name}" for name in open_store(run.checkpoints).list()}
+    if run.checkpoints.startswith("s3:"):
+        prefix = run.checkpoints.removeprefix(f"s3://{BUCKET}/")
+        uploads = make_client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+        found |= {f"an upload of {u['Key']}" for u in uploads if u["Key"].startswith(f"{prefix}/")}
+    return found
 
 
 if __name__ == "__main__":
