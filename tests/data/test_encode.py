@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -282,6 +283,23 @@ def test_an_image_of_a_finished_shard_that_has_changed_is_refused_by_name(pictur
     draw(pictures / changed, int(changed[:2]))
     with pytest.raises(UserError, match=r"was encoded from images that have changed since: .*delete index\.json"):
         encode_pictures(pictures, out)
+
+
+def test_a_sound_image_that_cannot_be_read_for_once_is_not_left_out(pictures: Path, tmp_path: Path) -> None:
+    out, read = tmp_path / "out", Path.read_bytes
+    unlucky = list_of(pictures, part=3)[1]
+
+    def fail(path: Path) -> bytes:
+        if path.name == unlucky:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return read(path)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=f"{unlucky} cannot be read: Stale file"):
+        patch.setattr(Path, "read_bytes", fail)
+        encode_pictures(pictures, out, "skip")
+    assert encode_pictures(pictures, out, "skip").source["skipped"] == 0
+    encode_pictures(pictures, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_what_was_left_out_is_not_accepted_by_a_run_that_is_to_stop(pictures: Path, tmp_path: Path, capsys) -> None:
