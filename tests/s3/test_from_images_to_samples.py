@@ -78,3 +78,15 @@ def test_latents_of_an_autoencoder_through_a_bucket(
     moved = autoencoder.rename(tmp_path / "moved")
     tool("sample", tmp_path / "bucket", "--count", 4, "--steps", 2, "--autoencoder", moved)
     assert np.load(tmp_path / "bucket/samples/samples.npz")["arr_0"].shape == (4, 16, 16, 3)
+
+    other = make_autoencoder(seed=1)
+    draws = {"data__path": local, "data__reference": "null", "data__autoencoder": other, "train__sample_images": 24}
+    sample = [sys.executable, str(runs.ROOT / "tools/sample.py"), str(tmp_path / "bucket"), "--autoencoder", str(other)]
+    for command in (
+        [*sample, "--out", str(tmp_path / "none")],
+        runs.command("python", 1, runs.arguments(tmp_path, tmp_path / "none", **draws)),
+    ):
+        done = runs.run(command)
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2 and "has other weights" in line
+        assert not list(tmp_path.glob("none/*.npz")) and not list(tmp_path.glob("none/log.jsonl"))
