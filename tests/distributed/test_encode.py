@@ -113,7 +113,7 @@ def test_where_there_is_no_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> Non
     for name, value in (("SLURM_PROCID", "1"), ("SLURM_STEP_NUM_TASKS", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match="2 processes, but no MASTER_ADDR, .*: export MASTER_ADDR"), join():
+    with pytest.raises(UserError, match=r"2 processes, but no MASTER_ADDR, .*: export MASTER_ADDR"), join():
         pass
 
 
