@@ -102,6 +102,20 @@ def test_a_link_to_nothing_is_a_bad_image_too(imagenet: Path) -> None:
         loads["n01/1_9.png"]()
 
 
+def test_links_to_folders_are_followed_unless_they_go_round_in_circles(imagenet: Path, tmp_path: Path) -> None:
+    write(tmp_path / "more", {"x/0.png": picture(7), "x/deep/1.png": picture(8)})
+    (imagenet / "n03").symlink_to(tmp_path / "more/x")
+    (imagenet / "n04").symlink_to(tmp_path / "more/x")  # twice is no circle
+    source = open_source("folder", str(imagenet), size=16)
+    assert source.class_names == ["n00", "n01", "n02", "n03", "n04"] and source.count == 13
+    link = tmp_path / "more/x/deep/back"
+    for target, where in ((imagenet, "n0[34]/deep/back"), (link.parent, "n0[34]/deep/back"), (tmp_path, ".*")):
+        link.symlink_to(target)
+        with pytest.raises(UserError, match=rf"imagenet/{where} is a link to a folder that it lies in: remove it"):
+            open_source("folder", str(imagenet), size=16)
+        link.unlink()
+
+
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scandir = os.scandir
 

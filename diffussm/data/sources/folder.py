@@ -22,7 +22,7 @@ class FolderImages:
             False: there are none, however the files are nested.
 
     Raises:
-        UserError: there are no images, or images beside the classes.
+        UserError: there are no images, or images beside the classes, or links that go round in circles.
     """
 
     def __init__(self, root: str | Path, size: int, resize: str, classes: bool = True) -> None:
@@ -68,6 +68,8 @@ class FolderImages:
 def _image_files(root: Path) -> Iterable[tuple[str, int]]:
     for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            _refuse_cycle(Path(folder, name))
         for name in files:
             if not name.startswith(".") and name.lower().endswith(SUFFIXES):
                 path = Path(folder, name)
@@ -77,6 +79,11 @@ def _image_files(root: Path) -> Iterable[tuple[str, int]]:
 def _raise(error: OSError) -> None:
     """A folder that cannot be listed is not an empty one."""
     raise error
+
+
+def _refuse_cycle(folder: Path) -> None:
+    if folder.is_symlink() and folder.resolve() in map(Path.resolve, folder.parents):
+        raise UserError(f"{folder} is a link to a folder that it lies in: remove it, as it has no end")
 
 
 def _size(path: Path) -> int:
