@@ -46,11 +46,11 @@ class Progress:
     """The counters of one piece of work, named ``title``, and a bar that rank 0 shows of what all have done.
 
     Args:
-        images: how many there are; None where nobody knows, and the bar counts shards.
+        images: how many there are; None where nobody knows: the bar counts shards, and tells of images how many a second.
     """
 
     def __init__(self, title: str, shards: int, images: int | None, workers: Workers) -> None:
-        self._title, self._shards, self._workers = title, shards, workers
+        self._title, self._shards, self._workers, self._begin = title, shards, workers, time.monotonic()
         self._unit, total = ("shard", shards) if images is None else ("image", images)
         refresh = 0.5 if sys.stderr.isatty() else 10
         hidden = workers.rank != 0
@@ -107,8 +107,12 @@ class Progress:
         self._show()
 
     def _show(self) -> None:
-        if not self._bar.disable:
-            self._bar.update(self._add(self._unit, 0) - self._bar.n)
+        if self._bar.disable:
+            return
+        if self._unit == "shard":
+            seconds = time.monotonic() - self._begin
+            self._bar.set_postfix_str(f"{self._add('image', 0) / seconds:.1f} images/s", refresh=False)
+        self._bar.update(self._add(self._unit, 0) - self._bar.n)
 
     def _add(self, counter: str, amount: int) -> int:
         return self._workers.add(f"{self._title}: {counter}", amount)
