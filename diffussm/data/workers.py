@@ -46,7 +46,7 @@ class Progress:
     """The counters of one piece of work, named ``title``, and a bar that rank 0 shows of what all have done.
 
     Args:
-        images: how many there are; None where nobody knows: the bar counts shards, and tells of images how many a second.
+        images: how many there are; None where nobody knows: the bar counts shards, and tells how many images a second.
     """
 
     def __init__(self, title: str, shards: int, images: int | None, workers: Workers) -> None:
