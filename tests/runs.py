@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "diffussm/train.py")
 IMAGES, BATCH = 96, 8
@@ -97,6 +99,13 @@ def started(command: list[str], log: Path, until: Callable[[], bool]) -> Iterato
         yield process
     finally:
         kill(process)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes below a launcher, rank 0 first."""
+    found = [p for p in psutil.Process(process.pid).children(recursive=True) if TRAIN in p.cmdline()]
+    found = [p for p in found if "RANK" in p.environ() or "OMPI_COMM_WORLD_RANK" in p.environ()]
+    return sorted(found, key=lambda p: int(p.environ().get("RANK") or p.environ()["OMPI_COMM_WORLD_RANK"]))
 
 
 def kill(process: subprocess.Popen[str]) -> None:

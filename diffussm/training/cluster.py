@@ -26,7 +26,7 @@ import torch.distributed as dist
 from diffussm.errors import UserError
 
 Result = TypeVar("Result")
-MPI_SIGNS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE")  # any one
+PMI = {"PMIX_RANK": "SLURM_PROCID", "PMI_SIZE": "SLURM_STEP_NUM_TASKS"}  # srun may set it, and then says the same
 PORTS = range(20_000, 30_000)  # of which a SLURM job's master takes one
 JOIN_NAME, JOIN_MINUTES = "DIFFUSSM_JOIN_MINUTES", 10.0
 PATIENCE = timedelta(days=1)  # of collectives: how long a rank may wait for others is the watchdog's to say
@@ -123,7 +123,8 @@ def _by_slurm() -> Identity:
 
 
 def _under_mpi() -> bool:
-    return any(name in os.environ for name in MPI_SIGNS)
+    said = os.environ.keys() & PMI.keys()
+    return "OMPI_COMM_WORLD_SIZE" in os.environ or any(os.environ[name] != os.environ.get(PMI[name]) for name in said)
 
 
 def _by_mpi() -> Identity:

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import runs
 
@@ -35,13 +34,6 @@ def seen(run: Path) -> int:
 
 def curve(run: Path) -> list[tuple]:
     return [tuple(record[key] for key in EXACT) for record in log_of(run)]
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes below a launcher, rank 0 first."""
-    found = [p for p in psutil.Process(process.pid).children(recursive=True) if runs.TRAIN in p.cmdline()]
-    found = [p for p in found if "RANK" in p.environ() or "OMPI_COMM_WORLD_RANK" in p.environ()]
-    return sorted(found, key=lambda p: int(p.environ().get("RANK") or p.environ()["OMPI_COMM_WORLD_RANK"]))
 
 
 def errors(output: str) -> list[str]:
@@ -68,7 +60,7 @@ def test_stopped_again_and_again_it_goes_on_bit_for_bit(shades, tmp_path):
         before, log = seen(run), tmp_path / f"log{number}"
         command = runs.command(launcher, 2, runs.arguments(shades, run, **LONG))
         with runs.started(command, log, lambda before=before: seen(run) >= before + 80) as process:
-            ranks_of(process)[1].send_signal(signal.Signals[name])  # one rank alone: all stop
+            runs.ranks_of(process)[1].send_signal(signal.Signals[name])  # one rank alone: all stop
             assert process.wait(timeout=60) == code
         lines = log.read_text().splitlines()
         stopped = [line for line in lines if line.startswith("stopped at ")]
@@ -102,6 +94,17 @@ def test_a_launchers_own_signal_saves(shades, tmp_path):
         assert newest.meta["images"] > before
 
 
+def test_one_process_without_a_launcher_says_by_its_code_that_it_stopped(shades, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = runs.command("python", 1, runs.arguments(shades, run, **LONG | {"train__total_images": 10**6}))
+    with runs.started(command, log, lambda: seen(run) >= 80) as process:
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=60) == 75
+    announced, stopped = [line for line in log.read_text().splitlines() if "SIGUSR1" in line]
+    assert announced.startswith(f"rank 0 on {socket.gethostname()}: SIGUSR1: finishes the step")
+    assert stopped == f"stopped at {seen(run):,} images by SIGUSR1; all is saved, the same command goes on"
+
+
 # Hangs
 
 
@@ -110,13 +113,41 @@ def test_ranks_that_hang_show_where_and_end(shades, tmp_path):
     keys = LONG | {"train__total_images": 10**6, "train__hang_minutes": 15 / 60}
     command = runs.command("torchrun", 2, runs.arguments(shades, run, **keys))
     with runs.started(command, log, lambda: seen(run) >= 80) as process:
-        ranks_of(process)[1].suspend()  # it hangs, and rank 0 with it, in a collective
+        runs.ranks_of(process)[1].suspend()  # it hangs, and rank 0 with it, in a collective
         start = time.monotonic()
         assert process.wait(timeout=90) != 0
         assert time.monotonic() - start < 60
     text = log.read_text()
     assert f'rank 0 on {socket.gethostname()}: no progress for 0.25 min in "the step after' in text
     assert "trainer.py" in text and "in train_step" in text
+
+
+STALLED = """
+import os, time
+
+def pread(*arguments, read=os.pread):
+    rank, file = os.environ.get("OMPI_COMM_WORLD_RANK"), os.readlink(f"/proc/self/fd/{arguments[0]}")
+    if rank == "1" and file.endswith(".tar"):
+        time.sleep(1000)
+    return read(*arguments)
+
+os.pread = pread
+"""
+
+
+def test_a_rank_whose_data_never_comes_ends_all(shades, tmp_path, monkeypatch):
+    """As from a network's disk that hangs on one host."""
+    (tmp_path / "sitecustomize.py").write_text(STALLED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    began = time.monotonic()
+    arguments = runs.arguments(shades, tmp_path / "run", **LONG | {"train__hang_minutes": 0.2})
+    done = runs.run(runs.command("mpirun", 2, arguments), timeout=120)
+    assert done.returncode == 70 and time.monotonic() - began < 90
+    for rank, where in enumerate(("in train_step", "in pread")):
+        header = f'rank {rank} on {socket.gethostname()}: no progress for 0.2 min in "the step after 0 images"'
+        if header in done.stderr:  # mpirun ends the other one, which may not have come to its own yet
+            assert where in done.stderr
+    assert "no progress for 0.2 min" in done.stderr
 
 
 # What is not finite
@@ -215,6 +246,25 @@ def test_a_full_disk_is_waited_for(small_disk, shades, tmp_path):
     found = checkpoint.find(open_store(small_disk / "c"))
     assert found.meta["images"] == 320
     assert len(list((small_disk / "c").glob("images-*"))) == 2
+
+
+def test_a_disk_that_has_room_again_gets_the_checkpoint(small_disk, shades, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    ballast, store = small_disk / "ballast", open_store(small_disk / "c")
+    ballast.write_bytes(bytes(2 * 2**20 - 8192))
+    keys = {"train__total_images": 10**6, "train__checkpoint_images": 400, "train__checkpoints": small_disk / "c"}
+    command = runs.command("mpirun", 2, runs.arguments(shades, run, **LONG | keys))
+    with runs.started(command, log, lambda: "cannot be written" in text(log)) as process:
+        ballast.unlink()
+        deadline = time.monotonic() + 60
+        while not checkpoint.complete(store):  # the try after ten seconds, or the next checkpoint
+            assert process.poll() is None and time.monotonic() < deadline, text(log)
+            time.sleep(0.05)
+        runs.ranks_of(process)[0].send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75
+    assert not errors(text(log))
+    newest = checkpoint.find(store)
+    assert newest.meta["images"] == seen(run) and f"stopped at {seen(run):,} images" in text(log)
 
 
 def text(path: Path) -> str:

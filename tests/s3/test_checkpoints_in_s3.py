@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import runs
 import torch
 from s3.conftest import BUCKET
+from s3.fault_proxy import FaultProxy, refuse
 
+from diffussm.data import s3_requests
+from diffussm.data.s3 import S3Store
 from diffussm.data.store import open_store
 from diffussm.training import checkpoint
 from diffussm.training.monitor import log_of
@@ -62,3 +68,35 @@ def test_two_runs_into_one_place(shades: Path, tmp_path: Path, prefix: str) -> N
         assert process.wait(timeout=60) == 2
         assert "another process has begun to save" in (tmp_path / "log").read_text()
     checkpoint.find(open_store(url)).verify()
+
+
+def test_a_server_that_refuses_for_a_while_is_outlasted(
+    shades: Path, tmp_path: Path, prefix: str, store: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on, and once the server is back, a checkpoint arrives."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    monkeypatch.setenv(s3_requests.DEADLINE_NAME, "1")
+    keys = {"train__total_images": 10**6, "train__decay_images": 0, "train__checkpoint_images": 400}
+    arguments = runs.arguments(shades, run, train__checkpoints=f"s3://{BUCKET}/{prefix}", **keys)
+    command = runs.command("mpirun", 2, arguments)
+    with runs.started(command, log, lambda: len(losses(run)) >= 2) as process:
+        for method in ("GET", "HEAD", "PUT", "POST", "DELETE"):
+            proxy.inject(refuse(503, "SlowDown"), method=method)
+        wait_for(process, log, lambda: "cannot be written" in log.read_text())
+        failed_at = len(losses(run))
+        wait_for(process, log, lambda: len(losses(run)) >= failed_at + 2)
+        proxy.rules.clear()
+        wait_for(process, log, lambda: bool(checkpoint.complete(store)))
+        runs.ranks_of(process)[1].send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75
+    told = log.read_text()
+    assert "the server answered 503 SlowDown: given up" in told and "training goes on" in told
+    assert "error:" not in told and "all is saved" in told
+    checkpoint.find(store).verify()
+
+
+def wait_for(process: subprocess.Popen[str], log: Path, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)

@@ -1,6 +1,7 @@
 """Who a process is, by whatever its launcher has said."""
 
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -58,6 +59,8 @@ def environment(monkeypatch, tmp_path):
         ([TORCHRUN, {"CROSS_RANK": "0"}], Identity("deepspeed", 5, 8, 1, ("10.0.0.1", 29500))),
         ([STEP], Identity("srun", 9, 16, 1, ("gpu07", 20_000 + 123456 % 10_000))),
         ([STEP, MASTER], Identity("srun", 9, 16, 1, ("10.0.0.1", 29500))),
+        ([STEP, {"PMIX_RANK": "9"}], Identity("srun", 9, 16, 1, ("gpu07", 23456))),  # srun --mpi=pmix: no MPI is needed
+        ([STEP, {"PMI_RANK": "9", "PMI_SIZE": "16"}], Identity("srun", 9, 16, 1, ("gpu07", 23456))),
         ([STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}], Identity("srun")),
         ([BATCH_SHELL], Identity("none")),  # python in a batch script
         ([BATCH_SHELL, TORCHRUN], Identity("the environment", 5, 8, 1, ("10.0.0.1", 29500))),
@@ -89,4 +92,28 @@ def test_who_this_process_is(environment, tables, found):
 def test_a_launch_that_cannot_be_right_is_refused(environment, tables, line):
     environment(*tables)
     with pytest.raises(UserError, match=line):
+        identify()
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        [{"OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": "3"}],
+        [{"PMI_SIZE": "4", "PMI_RANK": "3"}],
+        # which starts a daemon a host by srun
+        [STEP | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, {"OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": "1"}],
+        [STEP | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, {"PMI_SIZE": "4", "PMI_RANK": "3"}],
+    ],
+)
+def test_mpirun_is_asked_where_it_is_the_launcher(environment, monkeypatch, tables):
+    environment(*tables)
+    found = Identity("mpirun", 3, 4, 1, ("10.0.0.1", 29500))
+    monkeypatch.setattr(cluster, "_by_mpi", lambda: found)
+    assert identify() == found
+
+
+def test_mpirun_without_mpi4py_is_refused(environment, monkeypatch):
+    environment({"OMPI_COMM_WORLD_SIZE": "2"})
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UserError, match=r"mpi4py does not work here .*: pip install mpi4py"):
         identify()
