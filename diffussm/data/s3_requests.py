@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import boto3
+import botocore.awsrequest
 import botocore.loaders
 import botocore.session
 from botocore.client import BaseClient
 from botocore.config import Config
 
 from diffussm.data.s3_errors import REQUEST_ERRORS, Expired, Incomplete, trouble
+from diffussm.data.s3_heads import WholeHead
 from diffussm.errors import UserError
 
 DEADLINE_NAME = "DIFFUSSM_S3_DEADLINE"
@@ -29,6 +31,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between tries, doubling
 SAY_AFTER, SAY_EVERY = 10.0, 30.0  # seconds of trouble
 Answer = TypeVar("Answer")
 
+botocore.awsrequest.AWSConnection.response_class = WholeHead  # of every client; it has no setting for this
 _models = botocore.loaders.create_loader()  # what a client costs is reading them: 100 ms against 15
 _jitter = random.SystemRandom()  # ranks that share a seed are not to come back all at once
 _said = -math.inf  # when this process last told of trouble

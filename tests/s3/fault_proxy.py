@@ -27,14 +27,15 @@ class Answer:
     headers: dict[str, str]
     body: bytes
 
+    def head(self) -> bytes:
+        first = f"HTTP/1.1 {self.status} {http.client.responses[self.status]}"
+        lines = [first, *(f"{name}: {value}" for name, value in self.headers.items()), "", ""]
+        return "\r\n".join(lines).encode("latin-1")
+
     def send(self, body: bytes | None = None) -> None:
         """The head as it is, and of the body as much as is given; by default all."""
-        body = self.body if body is None else body
-        self.handler.send_response_only(self.status)
-        for name, value in self.headers.items():
-            self.handler.send_header(name, value)
-        self.handler.end_headers()
-        self.more(body)
+        self.handler.wfile.write(self.head())
+        self.more(self.body if body is None else body)
 
     def more(self, body: bytes) -> None:
         if self.handler.command != "HEAD":
@@ -63,6 +64,16 @@ def reset(at: int) -> Fault:
 def early_close(at: int) -> Fault:
     def spoil(answer: Answer) -> None:
         answer.send(answer.body[:at])
+        answer.hang_up()
+
+    return spoil
+
+
+def cut_head(at: int) -> Fault:
+    """The connection is closed when ``at`` bytes of the head have been sent."""
+
+    def spoil(answer: Answer) -> None:
+        answer.handler.wfile.write(answer.head()[:at])
         answer.hang_up()
 
     return spoil

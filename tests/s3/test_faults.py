@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from s3.conftest import BUCKET
-from s3.fault_proxy import Fault, FaultProxy, drip, early_close, flip, refuse, reset, shorten, stall
+from s3.fault_proxy import Fault, FaultProxy, cut_head, drip, early_close, flip, refuse, reset, shorten, stall
 
 from benchmarks.seaweed import Seaweed
 from diffussm.autoencoders.pixel import PixelCodec
@@ -36,6 +36,7 @@ SAMPLE_BYTES = 2048  # of the tar: a cut at a multiple is at the end of a member
 FAULTS: dict[str, Fault] = {
     "reset": reset(9000),
     "early close": early_close(9000),
+    "cut in the head": cut_head(200),
     "shortened": shorten(9000),
     "cut at the end of a member": shorten(20_000, multiple=SAMPLE_BYTES),
     "cut with all that tells of it": shorten(20_000, total=True, multiple=SAMPLE_BYTES),
@@ -47,6 +48,7 @@ FAULTS: dict[str, Fault] = {
 FOR_EVER: dict[str, tuple[Fault, str]] = {
     "reset": (reset(0), "no connection to|closed the connection"),
     "early close": (early_close(0), "the connection ended after"),
+    "cut in the head": (cut_head(200), "closed the connection: given up at try"),
     "cut at the end of a member": (shorten(20_000, multiple=SAMPLE_BYTES), "not the range from"),
     "cut with all that tells of it": (
         shorten(20_000, total=True, multiple=SAMPLE_BYTES),

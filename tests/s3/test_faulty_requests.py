@@ -16,6 +16,7 @@ from s3.fault_proxy import (
     Answer,
     Fault,
     FaultProxy,
+    cut_head,
     drip,
     early_close,
     flip,
@@ -46,6 +47,7 @@ PASSING: dict[str, tuple[Fault, str]] = {  # and what is said of it if it stays
     "RequestTimeout": (refuse(400, "RequestTimeout"), "the server answered 400 RequestTimeout"),
     "stall": (stall(500), r"127\.0\.0\.1:\d+ fell silent"),
     "expired": (refuse(403, "ExpiredToken"), r"the credentials have expired \(ExpiredToken\): renew them"),
+    "cut in the head": (cut_head(150), r"127\.0\.0\.1:\d+ closed the connection"),
     "no answer": (lose, r"127\.0\.0\.1:\d+ closed the connection|Connection reset by peer"),
 }
 STAYING = {"reset": reset(0), "early close": early_close(0), "stall": stall(0)}  # not a byte of progress
@@ -83,6 +85,24 @@ def test_a_fault_that_stays(store: S3Store, proxy: FaultProxy, impatient: float,
         store.read("a", 1000, 200_000)
     assert time.monotonic() - begin < impatient + 1
     assert re.search(r"given up at try \d+, after \d s: look at the server", one_line(failure, f"{store}/a"))
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT"])
+def test_a_head_that_is_cut_anywhere_is_no_answer(store: S3Store, proxy: FaultProxy, method: str) -> None:
+    """What is left of a size or an etag would be another one."""
+    calls: dict[str, Callable[[], object]] = {
+        "GET": lambda: store.read("a"),
+        "HEAD": lambda: store.stat("a"),
+        "PUT": lambda: store.put("a", CONTENT),
+    }
+    store.put("a", CONTENT)
+    heads: list[bytes] = []
+    proxy.inject(lambda answer: (heads.append(answer.head()), answer.send()), times=1, method=method)
+    expected = calls[method]()
+    for at in range(0, len(heads[0]), 5):
+        proxy.inject(cut_head(at), times=1, method=method)
+        assert calls[method]() == expected
+        assert proxy.rules[-1].times == 0
 
 
 def test_an_object_that_arrives_bit_by_bit(store: S3Store, proxy: FaultProxy) -> None:
