@@ -29,11 +29,23 @@ WORKER = str(Path(__file__).parent / "encode_worker.py")
 SHARDS = 46
 
 
+SRUN = """
+ranks=$1; shift
+export SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=$ranks MASTER_ADDR=127.0.0.1
+for rank in $(seq 0 $((ranks - 1))); do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids="$pids $!"; done
+for pid in $pids; do wait $pid || exit; done
+"""  # what it tells its tasks, on a machine that has none
+
+
 def command(launcher: str, ranks: int, store: Path, slow: object = NOBODY, seconds: float = 0.0) -> list[str]:
     torchrun, arguments = str(Path(sys.executable).parent / "torchrun"), [WORKER, str(store), str(slow), str(seconds)]
     return {
         "python": [sys.executable, *arguments],
         "torchrun": [torchrun, f"--nproc_per_node={ranks}", f"--master_port={runs.free_port()}", *arguments],
+        "srun": [
+            *("env", f"MASTER_PORT={runs.free_port()}", "sh", "-c", SRUN),
+            *("srun", str(ranks), sys.executable, *arguments),
+        ],
         "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(ranks), sys.executable, *arguments],
     }[launcher]
 
@@ -58,7 +70,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("launcher", "ranks", "then", "others"),
-    [("python", 1, "torchrun", 3), ("torchrun", 3, "mpirun", 2), ("mpirun", 2, "python", 1)],
+    [("python", 1, "torchrun", 3), ("torchrun", 3, "mpirun", 2), ("mpirun", 2, "srun", 2), ("srun", 2, "python", 1)],
 )
 def test_killed_and_gone_on_with_by_another_number(
     launcher: str, ranks: int, then: str, others: int, whole: dict[str, bytes], tmp_path: Path
