@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffussm.data.index import Shard
-from diffussm.data.store import Store
+from diffussm.data.store import Buffer, Store
 from diffussm.errors import UserError
 from diffussm.files import fsync
 
@@ -123,10 +123,18 @@ class ShardCache:
         digest = hashlib.sha256()
         with part.open("r+b") as file:
             for start in range(0, shard.size, PIECE_BYTES):
-                piece = self._store.read(shard.name, start, min(PIECE_BYTES, shard.size - start), shard.etag)
+                piece = self._read(shard, start, min(PIECE_BYTES, shard.size - start))
                 digest.update(piece)
                 file.write(piece)
         return digest.hexdigest() == shard.sha256
+
+    def _read(self, shard: Shard, start: int, length: int) -> Buffer:
+        try:
+            return self._store.read(shard.name, start, length, shard.etag)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # of the store's disk, not of ours
+            raise UserError(f"{self._store}/{shard.name} cannot be read: {error.strerror}: look at its disk") from error
 
     def _make_room(self, shard: Shard, part: Path) -> None:
         """Set the shard's room aside, by a file of its size; waits for it while others are fetching theirs.

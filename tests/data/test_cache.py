@@ -255,6 +255,19 @@ def test_a_full_disk_is_one_line(index: Index, store: Counted, folder: Path, mon
     assert kept(folder) == set() and not list(folder.glob("*.part"))
 
 
+def test_a_disk_that_fails_is_told_from_the_caches_own(
+    encoded: Path, tmp_path: Path, index: Index, folder: Path
+) -> None:
+    def fail() -> None:
+        raise OSError(5, os.strerror(5))
+
+    store = Counted(encoded, tmp_path / "reads", before=fail)
+    with pytest.raises(
+        UserError, match=rf"^{encoded}/shard-00000\.tar cannot be read: Input/output error: look at its"
+    ):
+        ShardCache(store, folder, 1 << 30).read(index.shards[0], 0, 1)
+
+
 def test_other_shards_do_not_wait_for_a_slow_one(encoded: Path, tmp_path: Path, index: Index, folder: Path) -> None:
     slow: Shard = index.shards[0]
     go_on, begun = threading.Event(), threading.Event()

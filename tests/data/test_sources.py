@@ -291,6 +291,16 @@ def test_a_torn_tar_is_an_error_and_never_fewer_images(tars: Path, damage: Calla
         read_one(path)
 
 
+def test_a_tar_that_cannot_be_read_is_one_line(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    source = open_source("webdataset", str(tars), size=16, classes=4)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(UserError, match=r"in-000\.tar cannot be read: Input/output error: mend that and run"):
+        items(source)
+
+
 @pytest.mark.parametrize("name", ["/etc/x.png", "../x.png", "a/../../x.png"])
 def test_members_that_point_outside_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="is not a file inside the tar"):

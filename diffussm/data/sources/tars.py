@@ -128,6 +128,8 @@ def read_members(store: Store, name: str, stat: Stat) -> Iterator[tuple[str, str
                     yield match[1], match[2].lower(), content
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{where} is damaged after byte {end}: {error}: fetch or make it anew") from error
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}: mend that and run the command again") from error
     # tarfile takes a tar that was cut at a member's end, or whose headers are zeros, for a whole one.
     rest = bytes(store.read(name, end, None, stat.etag))
     if len(rest) < tarfile.BLOCKSIZE or any(rest):
