@@ -49,7 +49,7 @@ def test_plans_the_papers_run_by_a_process_of_its_own(tmp_path: Path) -> None:
     assert (figures["precision"], figures["activation_checkpointing"]) == ("bf16", False)
     assert (figures["fits"], figures["change"]) == (True, None)
     assert figures["parameters"] == pytest.approx(673e6, rel=0.01)
-    assert figures["checkpoint_bytes"] == 20 * figures["parameters"]
+    assert figures["checkpoint_bytes"] == 16 * figures["parameters"]
     assert figures["steps"] == 2_578_125
     assert figures["bytes_read_per_second"] == 2 * 4 * 32 * 32 * 2 * figures["images_per_second"]
     for parts in figures["memory"].values():
