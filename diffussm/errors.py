@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
-            time.sleep(WAIT_FOR_RANK_0)
+            _wait_for_the_launcher(2)
         fail(str(error) if rank == "0" else f"rank {rank}: {error}")
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -58,9 +59,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(EXIT_STOPPED)
     except RuntimeError as error:
         if any(sign in str(error) for sign in PEER_LOST):
-            time.sleep(
-                WAIT_FOR_RANK_0
-            )  # another rank has ended, and has said why: its exit code is to be the launcher's
+            _wait_for_the_launcher(1)  # another rank has ended, and has said why
         raise
     except BrokenPipeError:  # `tool | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,3 +68,10 @@ def run_command(main: Callable[[], None]) -> None:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}")
+
+
+def _wait_for_the_launcher(code: int) -> None:
+    """Until it ends this process, or long enough: the rank that has said why ends first. Ended, it has that exit code,
+    which is to be no greater than the other's: srun returns the greatest."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+    time.sleep(WAIT_FOR_RANK_0)

@@ -12,7 +12,7 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -134,21 +134,30 @@ def locked(path: str | Path) -> Iterator[None]:
         yield
 
 
-def hold_lock(path: str | Path) -> IO[str]:
+def hold_lock(path: str | Path, note: str = "", gives_way: Callable[[str], bool] = lambda holder: False) -> IO[str]:
     """Lock a file for as long as the result is open; the system unlocks it however this process ends.
+
+    Args:
+        note: what the file says of this process beside its number and host.
+        gives_way: whether the one that holds the lock, by what the file says, has lost the right to it. It keeps its
+            lock on a file that no longer has this name.
 
     Raises:
         UserError: another process holds it; the line names that process.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "another process"
-        raise UserError(f"{Path(path).parent} is in use by {holder}: wait until it ends, or stop it") from None
+        if gives_way(holder):
+            path.unlink(missing_ok=True)
+            return hold_lock(path, note)
+        raise UserError(f"{path.parent} is in use by {holder}: wait until it ends, or stop it") from None
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}{note and f' ({note})'}\n")
     file.flush()
     return file

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import IO
 
 from diffussm.config import parse
 from diffussm.data.prepare import ensure_encoded
 from diffussm.errors import run_command
 from diffussm.files import hold_lock
-from diffussm.training.cluster import connect, identify
+from diffussm.training.cluster import Attempt, connect, identify
 from diffussm.training.engine import read_ds_config
 from diffussm.training.trainer import Trainer
 
@@ -29,10 +30,16 @@ def main() -> None:
     data = launch.config.data
     identity = identify()
     if identity.rank == 0:  # the others wait for it in connect()
-        lock = hold_lock(Path(launch.config.run_dir) / "lock")  # noqa: F841 - held until this process ends
+        lock = hold_run(Path(launch.config.run_dir))  # noqa: F841 - held until this process ends
         if data.prepare:
             ensure_encoded(data.prepare, data.path)
     Trainer(launch.config, ds_config, connect(identity)).fit()
+
+
+def hold_run(run: Path) -> IO[str]:
+    """Lock the run's folder; an earlier attempt of this job, which SLURM has given up, gives way."""
+    attempt = Attempt.here()
+    return hold_lock(run / "lock", str(attempt), lambda holder: attempt.replaces(Attempt.in_text(holder)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     checkpoints/latest                  one line: the name of the newest
     checkpoints/best                    likewise, of the best by train.keep_best
     checkpoints/images-000000048000/
-        rank-00000.safetensors ...      fp32: the pieces of parameters that each rank's optimizer held, of each kind
+        rank-00000-1f6b3a90.safetensors ...   fp32: the pieces of parameters that each rank's optimizer held, of each
+                                        kind; the second number is the writer's, so that none writes over another's
         meta.json                       what the weights are: model, data, codec, config, progress
         manifest.json                   written last: size and sha256 of each file, and where each piece lies
 
@@ -45,8 +46,9 @@ def name_of(images: int) -> str:
     return f"{PREFIX}{images:012d}"
 
 
-def rank_file(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
+def rank_file(rank: int, writer: str) -> str:
+    """Of a rank in the launch that is called ``writer``: what a rank of another still writes, it writes elsewhere."""
+    return f"rank-{rank:05d}-{writer}.safetensors"
 
 
 def ema_kind(length: float) -> str:

@@ -4,12 +4,16 @@ deepspeed, torchrun   RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
 srun                  SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID; the first host of the step is the master
 mpirun                MPI introduces the processes to each other, and ends there
 none                  one process
+
+SLURM starts a job anew on other nodes when one does not answer. That one may only be cut off, and its ranks live on:
+:class:`Attempt` tells which of two launches replaces the other.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -30,6 +35,33 @@ PMI = {"PMIX_RANK": "SLURM_PROCID", "PMI_SIZE": "SLURM_STEP_NUM_TASKS"}  # srun 
 PORTS = range(20_000, 30_000)  # of which a SLURM job's master takes one
 JOIN_NAME, JOIN_MINUTES = "DIFFUSSM_JOIN_MINUTES", 10.0
 PATIENCE = timedelta(days=1)  # of collectives: how long a rank may wait for others is the watchdog's to say
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One of the times that SLURM has started a job, "job 4711, attempt 2"; outside of SLURM, none: ""."""
+
+    job: str = ""
+    number: int = 0
+
+    @classmethod
+    def here(cls) -> Attempt:
+        """This process's."""
+        job = os.environ.get("SLURM_JOB_ID", "")
+        return cls(job, int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1) if job else cls()
+
+    @classmethod
+    def in_text(cls, text: str) -> Attempt:
+        """That which is named in a text."""
+        found = re.search(r"job (\d+), attempt (\d+)", text)
+        return cls(found[1], int(found[2])) if found else cls()
+
+    def replaces(self, other: Attempt) -> bool:
+        """Whether this is a later attempt of the same job."""
+        return self.job != "" and self.job == other.job and self.number > other.number
+
+    def __str__(self) -> str:
+        return f"job {self.job}, attempt {self.number}" if self.job else ""
 
 
 @dataclass(frozen=True)
@@ -104,19 +136,12 @@ def _by_slurm() -> Identity:
     size = int(os.environ["SLURM_STEP_NUM_TASKS"])
     if size == 1:
         return Identity("srun")
-    address = os.environ.get("MASTER_ADDR")
+    address = os.environ.get("MASTER_ADDR") or next(iter(hosts_of_step()), None)
     if address is None:
-        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-        try:
-            listed = subprocess.run(
-                ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True, timeout=60
-            )
-            address = listed.stdout.split()[0]
-        except (OSError, subprocess.SubprocessError, IndexError) as error:
-            raise UserError(
-                f"{size} processes, but no MASTER_ADDR, and scontrol does not tell the first of {nodes!r}: "
-                "export MASTER_ADDR=the first host"
-            ) from error
+        raise UserError(
+            f"{size} processes, but no MASTER_ADDR, and scontrol does not tell the first of "
+            f"{os.environ.get('SLURM_STEP_NODELIST', '')!r}: export MASTER_ADDR=the first host"
+        )
     port = os.environ.get("MASTER_PORT") or PORTS[int(os.environ.get("SLURM_JOB_ID", "0")) % len(PORTS)]
     local_rank = int(os.environ.get("SLURM_LOCALID", "0"))
     return Identity("srun", int(os.environ["SLURM_PROCID"]), size, local_rank, (address, int(port)))
@@ -162,6 +187,66 @@ def end_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def device_index(identity: Identity, visible: int) -> int:
+    """Which of the GPUs that this process sees it takes: by its number on this host. Of one, that one: SLURM gives each
+    task its own by --gpus-per-task; that no two are the same is for the ranks to compare.
+
+    Raises:
+        UserError: there are fewer than ranks.
+    """
+    if 1 < visible <= identity.local_rank:
+        raise UserError(
+            f"local rank {identity.local_rank} on {socket.gethostname()} has no GPU: it sees {visible}: start as many "
+            f"ranks on a host as it has GPUs, with srun by --ntasks-per-node={visible} --gpus-per-node={visible}"
+        )
+    return identity.local_rank if visible > 1 else 0
+
+
+def choose_interface(identity: Identity) -> str:
+    """Have gloo use the interface by which the other hosts are reached, where the host's own name means loopback.
+
+    Elsewhere gloo's own choice, the address of the host's name, is right; and NCCL needs no name. Returns what is said.
+    """
+    if "GLOO_SOCKET_IFNAME" not in os.environ and _is_loopback(socket.gethostname()):
+        for host in (identity.master[0], *hosts_of_step()):
+            if not _is_loopback(host) and (name := _interface_towards(host)):
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+                break
+    chosen = {name: os.environ.get(f"{name}_SOCKET_IFNAME", "its own choice") for name in ("GLOO", "NCCL")}
+    return ", ".join(f"{name} over {interface}" for name, interface in chosen.items())
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return False
+
+
+def _interface_towards(host: str) -> str | None:
+    """The interface whose address this host shows to another one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+    names = (name for name, all in psutil.net_if_addrs().items() if any(one.address == own for one in all))
+    return next(names, None)
+
+
+def hosts_of_step() -> list[str]:
+    """The hosts of this SLURM step, or of its job, in their order; [] outside of SLURM, or where it does not say."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return []
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
 @dataclass(frozen=True)
 class Cluster:
     """This process among the others.
@@ -174,6 +259,7 @@ class Cluster:
         host: name of the machine.
         control: group for small messages, on the CPU.
         saving: likewise, for threads that save.
+        network: the interfaces that ranks talk over, in words.
     """
 
     rank: int
@@ -183,6 +269,7 @@ class Cluster:
     host: str
     control: dist.ProcessGroup
     saving: dist.ProcessGroup
+    network: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -218,17 +305,13 @@ def connect(identity: Identity | None = None) -> Cluster:
     logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
     if torch.cuda.is_available():
-        if identity.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {identity.local_rank} on {socket.gethostname()} has no GPU: this host shows "
-                f"{torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(identity.local_rank)
-        device = torch.device("cuda", identity.local_rank)
+        device = torch.device("cuda", device_index(identity, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         # Its own sums over shared memory are for inference alone, and take a compiler 100 s; a kill then leaves locks.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    network = choose_interface(identity)
     minutes = float(os.environ.get(JOIN_NAME, JOIN_MINUTES))
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=minutes))
@@ -245,4 +328,4 @@ def connect(identity: Identity | None = None) -> Cluster:
     if (joined := dist.get_world_size()) != identity.world_size:
         raise UserError(f"joined a group of {joined} ranks where the launcher announced {identity.world_size}")
     host = socket.gethostname()
-    return Cluster(identity.rank, identity.world_size, identity.local_rank, device, host, control, saving)
+    return Cluster(identity.rank, identity.world_size, identity.local_rank, device, host, control, saving, network)

@@ -5,6 +5,7 @@ publishes the checkpoint. Where that fails, training goes on and the thread trie
 is written at once, and if it fails as well, the run ends. So no more is lost than what lies between two saves.
 
 `checkpoints/owner` names the process that may publish: one that was cut off, and replaced meanwhile, finds another's.
+What such a one was writing bears its own name, and is in no manifest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from diffussm.data.store import Store
 from diffussm.errors import UserError
 from diffussm.training import checkpoint
 from diffussm.training.checkpoint import FORMAT, MANIFEST, META, Checkpoint, rank_file
-from diffussm.training.cluster import Cluster
+from diffussm.training.cluster import Attempt, Cluster
 from diffussm.training.partition import Partition
 from diffussm.training.tensor_file import pack
 
@@ -46,7 +47,7 @@ class Saver:
     Made by every rank; rank 0 takes possession of the place.
 
     Raises:
-        UserError: another process did so at the same time.
+        UserError: another process did so at the same time, or a later attempt of the same job has done so.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class Saver:
         self._store, self._cluster, self._partition = store, cluster, partition
         self._surplus, self._best = surplus, best
         self._job: _Job | None = None
-        self._token = f"{cluster.host} {uuid.uuid4().hex}"
-        cluster.from_main(self._take_over)
+        self._attempt = Attempt.here()
+        self._token = f"{cluster.host} {uuid.uuid4().hex} {self._attempt}"
+        self._writer = cluster.from_main(self._take_over)
 
     def save(self, meta: dict[str, Any], kinds: dict[str, list[Tensor]], wait: bool) -> None:
         """Begin to save a checkpoint; where the one before could not be written, or with ``wait``, end it, too.
@@ -114,12 +116,12 @@ class Saver:
         """
         text = (json.dumps(meta, indent=1) + "\n").encode()
         files = {META: {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
-        files |= {rank_file(rank): record["file"] for rank, record in enumerate(records)}
+        files |= {record["name"]: record["file"] for record in records}
         manifest = {
             "format": FORMAT,
             "files": files,
             "shapes": {name: list(shape) for name, shape in self._partition.shapes.items()},
-            "pieces": {rank_file(rank): record["pieces"] for rank, record in enumerate(records)},
+            "pieces": {record["name"]: record["pieces"] for record in records},
         }
         self._sign(self._own(), name)  # at each try: while a cut network failed the one before, another may have begun
         self._store.put(f"{name}/{META}", text)
@@ -135,8 +137,10 @@ class Saver:
 
     def write(self, name: str, content: bytearray) -> dict[str, Any]:
         """Write this rank's file; what the manifest says of it."""
-        self._store.put(f"{name}/{rank_file(self._cluster.rank)}", content)
+        file = rank_file(self._cluster.rank, self._writer)
+        self._store.put(f"{name}/{file}", content)
         return {
+            "name": file,
             "file": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()},
             "pieces": [(f.name, f.start, f.size) for f in self._partition.fragments],
         }
@@ -159,13 +163,17 @@ class Saver:
                     there.append(found)
         return there
 
-    def _take_over(self) -> None:
-        """Take possession, and remove what killed processes have left."""
-        self._sign(_read(self._store, OWNER), "")
+    def _take_over(self) -> str:
+        """Take possession, and remove what killed processes have left. Returns what names the files of this launch."""
+        before = _read(self._store, OWNER)
+        if Attempt.in_text((before or b"").decode()).replaces(self._attempt):
+            raise self._replaced()
+        self._sign(before, "")
         self._store.sweep()
         published = {c.name for c in checkpoint.complete(self._store)}
         for name in {path.split("/")[0] for path in self._store.list(checkpoint.PREFIX)} - published:
             self.discard(name)
+        return self._token.split()[1][:8]
 
     def _sign(self, before: bytes | None, name: str) -> None:
         """Say in `owner` that this process publishes ``name``, if that is still ``before``."""
