@@ -1,105 +1,141 @@
-"""Images from a checkpoint's model: drawn in batches, stored as ADM stores them, and laid out to be looked at."""
+"""Images from a checkpoint's model: drawn by all processes, stored as ADM stores them, and laid out to be looked at."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
-from tqdm import tqdm
 
 from diffussm.autoencoders.codec import Codec
-from diffussm.config import SampleConfig
+from diffussm.data.workers import Progress, Workers, from_first
 from diffussm.diffusion.generate import generate
 from diffussm.diffusion.schedule import Schedule
-from diffussm.files import atomic_path
-from diffussm.pictures import grid
+from diffussm.files import write_json
+from diffussm.pictures import grid, save_png
+from diffussm.sample_parts import Parts
+from diffussm.sample_request import Request
 from diffussm.threads import map_batches
 
+PARTS = "parts"
 GRID_PER_CLASS, GRID_UNCONDITIONAL, GRID_CLASSES = 10, 64, 20  # images shown
 
 
-def draw_images(
-    model: nn.Module,
-    codec: Codec,
-    meta: dict[str, Any],
-    labels: list[int] | None,
-    settings: SampleConfig,
-    *,
-    count: int,
-    batch: int,
-    seed: int,
-    guidance_channels: int | None = None,
-    title: str = "samples",
-) -> np.ndarray:
-    """uint8 images [count, H, W, channels]; image i is a function of (seed, i), its label and the settings.
+def choose_device(local_rank: int) -> torch.device:
+    """This process's GPU, which "cuda" then means, or the CPU where there is none."""
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank % gpus)
+    return torch.device("cuda", local_rank % gpus)
+
+
+def draw(
+    request: Request, codec: Codec, device: torch.device, out: Path, title: str, workers: Workers
+) -> tuple[Parts, float]:
+    """Draw what is asked for in parts below ``out``, but for those that are there, together with the other workers.
 
     Args:
-        model: on the device where it is to run.
-        codec: that decodes its latents.
-        meta: of the checkpoint that it comes from.
-        labels: [count]; None for an unconditional model.
-        settings: sampler, steps and guidance.
-        count: images.
-        batch: images at once.
-        seed: of the noise.
-        guidance_channels: guide only the first so many; None guides all.
-        title: of the progress bar.
+        codec: that decodes the model's latents.
+        title: of the parts and of the progress bar.
+        workers: those who share the work; each calls this function with the same arguments.
+
+    Returns:
+        The parts, on rank 0 all of them; and how many images a second all workers have drawn.
 
     Raises:
-        UserError: more steps than the schedule has, or channels than the latent.
+        UserError: the checkpoint has no such weights, or another process is lost.
     """
-    schedule = Schedule.linear(meta["config"]["diffusion"]["steps"]).respace(settings.steps)
-    device = next(model.parameters()).device
-    batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
-    with tqdm(
-        total=count,
-        desc=title,
-        unit="image",
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
-    ) as bar:
-
-        def draw_batch(indices: range) -> np.ndarray:
-            def count_steps(steps: range) -> Iterator[int]:
-                for step in steps:
-                    yield step
-                    bar.update(len(indices) / len(steps))
-
-            latents = generate(
-                model,
-                schedule,
-                meta["latent_shape"],
-                indices,
-                [labels[i] for i in indices] if labels else None,
-                num_classes=meta["num_classes"],
-                sampler=settings.sampler,
-                guidance=settings.guidance,
-                guidance_channels=guidance_channels,
-                seed=seed,
-                device=device,
-                progress=count_steps,
-            )
-            return codec.decode(latents)
-
-        return np.concatenate(list((map_batches if device.type == "cpu" else map)(draw_batch, batches)))
+    model = request.model().to(device)
+    parts = Parts(out / PARTS, title, request.count, {**request.description(), "device": device.type})
+    kept = from_first(workers, f"{title}: kept", parts.prepare)
+    parts.check()
+    began = time.perf_counter()
+    with Progress(title, len(parts), request.count, workers, begin=kept, steps=request.settings.steps) as progress:
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        draw_batch = functools.partial(_draw_batch, request, model, codec, progress)
+        _fill(parts, draw_batch, request.batch, threads, progress)
+        if workers.rank == 0:
+            progress.wait_for_shards()
+    return parts, (request.count - kept) / (time.perf_counter() - began)
 
 
-def save_npz(path: Path, images: np.ndarray, labels: list[int] | None) -> None:
-    """ADM's layout: ``arr_0`` uint8 [N, H, W, 3], and ``arr_1`` the labels where there are some."""
-    colour = images if images.shape[3] == 3 else images.repeat(3, axis=3)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, colour, *([np.array(labels)] if labels else []))
+def _fill(
+    parts: Parts, draw_batch: Callable[[range], np.ndarray], batch: int, threads: int, progress: Progress
+) -> None:
+    """Claim parts until there are none left, and draw those that are missing, by as many batches at once as threads."""
+    at_once = math.ceil(threads / len(parts.batches(0, batch)))
+    missing = _claim_missing(parts, progress)
+    while numbers := list(islice(missing, at_once)):
+        batches = [parts.batches(number, batch) for number in numbers]
+        images = iter(list((map_batches if threads > 1 else map)(draw_batch, chain(*batches))))
+        for number, of_part in zip(numbers, batches, strict=True):
+            parts.save(number, np.concatenate(list(islice(images, len(of_part)))))
+            progress.add_shard()
 
 
-def class_rows(images: np.ndarray, labels: list[int] | None, classes: list[int]) -> np.ndarray:
-    """A row for each class, in the classes' order; without classes, rows of 8."""
-    zoom = max(1, 64 // images.shape[1])
-    if labels is None:
-        return grid(images[:GRID_UNCONDITIONAL], columns=8, zoom=zoom)
-    columns = min(GRID_PER_CLASS, len(images) // len(classes)) or 1
-    rows = [np.flatnonzero(np.array(labels) == c)[:columns] for c in classes[:GRID_CLASSES]]
-    return grid(images[np.concatenate(rows)], columns=columns, zoom=zoom)
+def _claim_missing(parts: Parts, progress: Progress) -> Iterator[int]:
+    while (number := progress.claim()) is not None:
+        if number in parts:
+            progress.add_shard()
+        else:
+            yield number
+
+
+def _draw_batch(request: Request, model: nn.Module, codec: Codec, progress: Progress, indices: range) -> np.ndarray:
+    """uint8 images [len(indices), H, W, channels]; each sampling step is counted."""
+
+    def count_steps(steps: range) -> Iterator[int]:
+        for step in steps:
+            yield step
+            progress.add_steps(len(indices))
+
+    meta, settings = request.checkpoint.meta, request.settings
+    latents = generate(
+        model,
+        Schedule.linear(meta["config"]["diffusion"]["steps"]).respace(settings.steps),
+        meta["latent_shape"],
+        indices,
+        request.labels(indices),
+        num_classes=meta["num_classes"],
+        sampler=settings.sampler,
+        guidance=settings.guidance,
+        guidance_channels=request.guidance_channels,
+        seed=request.seed,
+        device=next(model.parameters()).device,
+        progress=count_steps,
+    )
+    return codec.decode(latents)
+
+
+def publish(sets: dict[str, Parts], request: Request, out: Path, record: dict[str, Any]) -> None:
+    """Make NAME.npz of each set's parts, grid.png and, last, samples.json; then remove the parts.
+
+    Raises:
+        UserError: a part is missing or damaged.
+    """
+    (out / "samples.json").unlink(missing_ok=True)  # it describes the images that are about to be replaced
+    labels = request.labels(range(request.count))
+    for title, parts in sets.items():
+        parts.merge(out / f"{title}.npz", labels)
+    save_png(out / "grid.png", class_rows(sets["samples"], labels, request.classes))
+    write_json(out / "samples.json", record)
+    shutil.rmtree(out / PARTS)
+
+
+def class_rows(parts: Parts, labels: list[int] | None, classes: list[int]) -> np.ndarray:
+    """A picture with a row for each class, in the classes' order; without classes, rows of 8."""
+    columns, indices = 8, np.arange(min(parts.count, GRID_UNCONDITIONAL))
+    if labels is not None:
+        columns = min(GRID_PER_CLASS, parts.count // len(classes)) or 1
+        indices = np.concatenate([np.flatnonzero(np.array(labels) == c)[:columns] for c in classes[:GRID_CLASSES]])
+    images = parts.read(indices)
+    return grid(images, columns, zoom=max(1, 64 // images.shape[1]))

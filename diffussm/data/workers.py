@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from tqdm import tqdm
@@ -36,25 +38,52 @@ class Alone:
 
     def __init__(self) -> None:
         self._counters: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def add(self, counter: str, amount: int) -> int:
-        self._counters[counter] = self._counters.get(counter, 0) + amount
-        return self._counters[counter]
+        with self._lock:
+            self._counters[counter] = self._counters.get(counter, 0) + amount
+            return self._counters[counter]
+
+
+def from_first(workers: Workers, counter: str, find: Callable[[], int]) -> int:
+    """The number, from 0 up, that ``find`` returns on rank 0, on every rank: the others wait for it."""
+    if workers.rank == 0:
+        workers.add(counter, find() + 1)
+    while not (found := workers.add(counter, 0)):
+        time.sleep(POLL_SECONDS)
+    return found - 1
 
 
 class Progress:
     """The counters of one piece of work, named ``title``, and a bar that rank 0 shows of what all have done.
 
+    Threads may share one.
+
     Args:
+        shards: into which the work is divided.
         images: how many there are; None where nobody knows: the bar counts shards, and tells how many images a second.
+        begin: images that were done before.
+        steps: that an image takes, where it is counted by :meth:`add_steps`: the bar moves with each.
     """
 
-    def __init__(self, title: str, shards: int, images: int | None, workers: Workers) -> None:
+    def __init__(
+        self, title: str, shards: int, images: int | None, workers: Workers, *, begin: int = 0, steps: int = 1
+    ) -> None:
         self._title, self._shards, self._workers, self._begin = title, shards, workers, time.monotonic()
         self._unit, total = ("shard", shards) if images is None else ("image", images)
-        refresh = 0.5 if sys.stderr.isatty() else 10
-        hidden = workers.rank != 0
-        self._bar = tqdm(total=total, desc=title, unit=self._unit, mininterval=refresh, miniters=1, disable=hidden)
+        self._steps, self._steps_before, self._lock = steps, begin * steps, threading.Lock()
+        self._bar = tqdm(
+            total=total * steps,
+            desc=title,
+            unit=self._unit,
+            unit_scale=1 / steps if steps > 1 else False,
+            initial=begin * steps,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            miniters=1,
+            disable=workers.rank != 0,
+            bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -68,6 +97,10 @@ class Progress:
         return number if number < self._shards else None
 
     def add_images(self, count: int) -> None:
+        self.add_steps(count * self._steps)
+
+    def add_steps(self, count: int) -> None:
+        """Count steps, of any images."""
         self._add("image", count)
         self._show()
 
@@ -112,7 +145,8 @@ class Progress:
         if self._unit == "shard":
             seconds = time.monotonic() - self._begin
             self._bar.set_postfix_str(f"{self._add('image', 0) / seconds:.1f} images/s", refresh=False)
-        self._bar.update(self._add(self._unit, 0) - self._bar.n)
+        with self._lock:
+            self._bar.update(self._steps_before + self._add(self._unit, 0) - self._bar.n)
 
     def _add(self, counter: str, amount: int) -> int:
         return self._workers.add(f"{self._title}: {counter}", amount)

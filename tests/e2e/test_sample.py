@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,13 +16,16 @@ from diffussm.commands import sample
 from diffussm.data.encode import encode
 from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
-from diffussm.errors import run_command
+from diffussm.errors import UserError, run_command
+from diffussm.sample_parts import PART, Parts
 
 pytestmark = pytest.mark.e2e
 
 
 def call(monkeypatch, *arguments: object) -> None:
     """The command in this process, as the door calls it."""
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_ADDR", "x"), ("MASTER_PORT", 0)):
+        monkeypatch.setenv(name, str(value))  # which it would leave to later tests otherwise
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
     run_command(sample.main)
 
@@ -43,6 +47,7 @@ def test_the_command_writes_an_npz_a_picture_and_a_record(trained, tmp_path):
     untrained = np.load(tmp_path / "untrained.npz", allow_pickle=False)["arr_0"]
     assert untrained.shape == (9, 16, 16, 3) and (untrained != images(tmp_path)).any()
     assert Image.open(tmp_path / "grid.png").size == (3 * 65 - 1, 3 * 65 - 1)
+    assert "9/9" in done.stderr and len(list(tmp_path.iterdir())) == 4  # the parts are gone
 
 
 def test_an_image_is_a_function_of_seed_and_number(trained, tmp_path, monkeypatch):
@@ -111,7 +116,57 @@ def test_no_checkpoint_and_a_torn_one(trained, tmp_path, monkeypatch, capsys):
         assert end.value.code == 2 and line in capsys.readouterr().err
     torn = tmp_path / "images-000000000096"
     shutil.copytree(trained / "checkpoints" / torn.name, torn)
-    (torn / "rank-00000.safetensors").write_bytes(b"\x00")
+    (piece,) = torn.glob("rank-00000*.safetensors")
+    piece.write_bytes(b"\x00")
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, torn)
-    assert end.value.code == 2 and "rank-00000.safetensors is not the file that was saved" in capsys.readouterr().err
+    assert end.value.code == 2 and f"{piece.name} is not the file that was saved" in capsys.readouterr().err
+
+
+def filled(folder, count, side, **description) -> tuple[Parts, np.ndarray]:
+    """Parts of random images, and the images."""
+    parts = Parts(folder, "samples", count, description)
+    images = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    parts.prepare()
+    for number in range(len(parts)):
+        parts.save(number, images[number * PART : (number + 1) * PART])
+    return parts, images
+
+
+def test_parts_become_one_file_without_being_in_memory_together(tmp_path):
+    parts, images = filled(tmp_path / "parts", 40 * PART + 5, 32)
+    tracemalloc.start()
+    parts.merge(tmp_path / "samples.npz", list(range(len(images))))
+    shown = parts.read([0, PART, 40 * PART + 4])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * images[:PART].nbytes < images.nbytes / 8
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
+        assert (file["arr_0"] == images).all() and (file["arr_1"] == np.arange(len(images))).all()
+    assert (shown == images[[0, PART, -1]]).all()
+
+
+def test_no_batch_has_images_of_two_parts(tmp_path):
+    parts = Parts(tmp_path, "samples", 2 * PART + 3, {})
+    batches = [batch for number in range(len(parts)) for batch in parts.batches(number, 48)]
+    assert [i for batch in batches for i in batch] == list(range(2 * PART + 3))
+    assert all(batch[0] // PART == batch[-1] // PART and len(batch) <= 48 for batch in batches)
+
+
+def test_parts_of_the_same_images_are_kept_and_others_removed(tmp_path):
+    parts, _ = filled(tmp_path, PART + 5, 4, seed=0)
+    (tmp_path / "untrained-0123").mkdir()
+    assert Parts(tmp_path, "samples", PART + 5, {"seed": 0}).prepare() == PART + 5
+    assert Parts(tmp_path, "samples", PART + 5, {"seed": 1}).prepare() == 0
+    assert 0 not in parts and (tmp_path / "untrained-0123").exists()
+
+
+def test_a_part_that_is_lost_or_damaged_is_named(tmp_path):
+    parts, _ = filled(tmp_path / "parts", PART + 5, 4)
+    (damaged,) = tmp_path.glob("parts/*/part-00001.npy")
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    for damage in (lambda: None, damaged.unlink):
+        damage()
+        with pytest.raises(UserError, match=r"part-00001.npy cannot be read .* run the same command again"):
+            parts.merge(tmp_path / "samples.npz", None)
+    assert not (tmp_path / "samples.npz").exists()

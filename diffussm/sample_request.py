@@ -1,0 +1,136 @@
+"""What images are asked for: of which checkpoint, with which weights, of which classes, and drawn how."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from diffussm.config import SampleConfig
+from diffussm.data.store import open_store
+from diffussm.data.workers import Workers, from_first
+from diffussm.errors import UserError
+from diffussm.models.diffussm import DiffuSSM
+from diffussm.training import checkpoint
+from diffussm.training.checkpoint import MANIFEST, META, Checkpoint, name_of
+
+RUNS = "runs/*/checkpoints/latest"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Images to draw. Image i is a function of (seed, i), its label, the weights and the settings.
+
+    Its last bits may depend on the batch that it is in, whose size changes the order of the model's sums.
+
+    Attributes:
+        checkpoint: whose model draws.
+        weights: their kind; None: those that the run began with.
+        settings: sampler, steps and guidance.
+        classes: ids, drawn in turns; none for an unconditional model.
+        count: images.
+        batch: images at once.
+        seed: of the noise.
+        guidance_channels: guide only the first so many; None guides all.
+
+    Raises:
+        UserError: more steps than the model has, or channels than the latent.
+    """
+
+    checkpoint: Checkpoint
+    weights: str | None
+    settings: SampleConfig
+    classes: list[int]
+    count: int
+    batch: int
+    seed: int
+    guidance_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        steps, channels = self.checkpoint.meta["config"]["diffusion"]["steps"], self.checkpoint.meta["channels"]
+        if not 1 <= self.settings.steps <= steps:
+            raise UserError(f"--steps {self.settings.steps} is not in 1..{steps}, the model's")
+        if self.guidance_channels is not None and not 1 <= self.guidance_channels <= channels:
+            raise UserError(f"--guidance-channels {self.guidance_channels} is not in 1..{channels}, the latent's")
+
+    def labels(self, indices: range) -> list[int] | None:
+        """Of images by their numbers; None for an unconditional model."""
+        return [self.classes[i % len(self.classes)] for i in indices] if self.classes else None
+
+    def model(self) -> DiffuSSM:
+        """The network, on the CPU, in eval mode. UserError where the checkpoint has no such weights."""
+        if self.weights:
+            return checkpoint.load_model(self.checkpoint, self.weights)
+        torch.manual_seed(self.checkpoint.meta["config"]["train"]["seed"])
+        return checkpoint.make_model(self.checkpoint.meta).eval()
+
+    def description(self) -> dict[str, Any]:
+        """All that the images depend on, as JSON, wherever the checkpoint lies: its manifest tells what it is."""
+        manifest = hashlib.sha256(json.dumps(self.checkpoint.manifest, sort_keys=True).encode()).hexdigest()
+        values = {key: value for key, value in vars(self).items() if key not in ("checkpoint", "settings")}
+        return {"checkpoint": self.checkpoint.name, "manifest": manifest, **values, "settings": asdict(self.settings)}
+
+
+def find_checkpoint(source: str | None, workers: Workers) -> Checkpoint:
+    """The checkpoint that ``source`` is, or the newest complete one of the run that it is, or of the newest run.
+
+    Rank 0 reads and verifies it; the others take the same one, even if training has published another meanwhile.
+
+    Raises:
+        UserError: there is none, or the one that was named is torn.
+    """
+    if source is None:
+        runs = sorted(Path().glob(RUNS), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError(f"no checkpoint: no {RUNS} here: train first, or name a run or a checkpoint")
+        source = str(runs[-1].parent)
+    store, named = open_store(source), None
+    if store.exists(MANIFEST) or store.exists(META):
+        named = Checkpoint.at(source)
+    elif store.exists("config.yaml"):
+        values = yaml.safe_load(bytes(store.read("config.yaml")))
+        store = open_store(values["train"].get("checkpoints") or f"{source}/checkpoints")
+
+    def verified_images() -> int:
+        if named:
+            named.verify()
+        found = named or checkpoint.find(store)
+        if found is None:
+            raise UserError(
+                f"{source} holds no complete checkpoint: it is neither a checkpoint nor a run that has saved one"
+            )
+        return found.meta["images"]
+
+    images = from_first(workers, "images seen", verified_images)
+    return named or Checkpoint(store, name_of(images))
+
+
+def samples_folder(source: str | None, found: Checkpoint) -> Path:
+    """Where samples go by default: samples/ in the run's folder; here, where only a checkpoint elsewhere was named."""
+    for run in (Path(str(found.store)).parent, Path(source or "")):
+        if (run / "config.yaml").is_file():
+            return run / "samples"
+    return Path("samples")
+
+
+def chosen_classes(text: str | None, names: list[str]) -> list[int]:
+    """Ids of the classes asked for, as ids or names; of all if ``text`` is None. UserError for one that is none."""
+    if text is None:
+        return list(range(len(names)))
+    if not names:
+        raise UserError("--classes: the model is unconditional, it has none")
+    chosen = []
+    for item in text.split(","):
+        if item.strip() in names:
+            chosen.append(names.index(item.strip()))
+        elif item.strip().isdecimal() and int(item) < len(names):
+            chosen.append(int(item))
+        else:
+            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise UserError(f"--classes {item!r} is not one of 0..{len(names) - 1} or a name ({known})")
+    return chosen
