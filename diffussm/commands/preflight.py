@@ -66,6 +66,7 @@ def print_verdict(verdict: Verdict) -> None:
     if reduced := run.get("all_reduce"):
         rate = f", {number(reduced['bytes_per_second'], 1e9)} GB/s" if reduced["bytes_per_second"] else ""
         print(f"all-reduce  of {run['ranks']} ranks: {'exact' if reduced['correct'] else 'fails'}{rate}")
+    print(f"network     {run['network']}")
     if memory := run.get("memory"):
         planned = f"{memory['peak'] / GIB:.1f} of {memory['limit'] / GIB:.1f} GiB"
         split = f"{memory['micro_batch']} images × {memory['accumulation']} accumulated"

@@ -39,12 +39,11 @@ from diffussm.config import Config
 from diffussm.data.store import LocalStore, open_store
 from diffussm.data.stream import READERS
 from diffussm.errors import UserError, fail
-from diffussm.training.cluster import Identity
+from diffussm.training.cluster import Identity, choose_interface, device_index, hosts_of_step
 from diffussm.training.hardware import multiplies_bf16
 from diffussm.training.preflight_judge import judge, ring
 from diffussm.training.preflight_measures import (
     Report,
-    hosts_of_step,
     look,
     measure_all_reduce,
     measure_matmul,
@@ -76,7 +75,13 @@ class Preflight:
         self.config, self.ds_config, self.timeout = config, ds_config, timeout
         self.rank, self.size, self.local_rank = identity.rank, identity.world_size, identity.local_rank
         self.node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # what sbatch --exclude calls it
-        self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        self.device, self._lacks = torch.device("cpu"), ""
+        if torch.cuda.is_available():
+            try:
+                self.device = torch.device("cuda", device_index(identity, torch.cuda.device_count()))
+            except UserError as error:
+                self._lacks = str(error)
+        self._network = choose_interface(identity)
         self.nodes: dict[str, list[int]] = {}  # their ranks, once all have come
         self.connected = True  # no link has failed
         self.reports: dict[str, list[Report | None]] = {}  # rank 0's: by phase and rank; None: it gave no sign
@@ -196,9 +201,12 @@ class Preflight:
     # Phases
 
     def _come(self) -> Report:
+        if self._lacks:
+            raise UserError(self._lacks)
         slurm, torchrun = os.environ.get("SLURM_CPUS_PER_TASK"), os.environ.get("LOCAL_WORLD_SIZE")
         facts = {
             "local_rank": self.local_rank,
+            "network": self._network,
             "node_ranks": int(torchrun) if torchrun else None,
             "cpus": sorted(os.sched_getaffinity(0)),
             "cpus_per_task": int(slurm) if slurm else None,
@@ -211,8 +219,6 @@ class Preflight:
         }
         if self.device.type == "cpu":
             return facts | {"bf16": multiplies_bf16(self.device)}
-        if self.local_rank >= facts["gpus"]:
-            return facts | {"device": None}
         free, total = torch.cuda.mem_get_info(self.device)
         properties = torch.cuda.get_device_properties(self.device)
         gpu = {"device": properties.name, "uuid": str(properties.uuid), "memory": total, "free": free}

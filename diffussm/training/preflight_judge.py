@@ -142,8 +142,9 @@ class _Judge:
             for node, ranks in self.by_node(silent).items():
                 self.fail(phase, node, f"{_ranks(list(ranks))} gave no sign for {timeout:g} s in the check of {phase}")
             if phase in LOCAL:
+                errors = self.values(phase, "error")
                 ends = {rank: f"{phase} hangs in {where}" for rank, where in self.values(phase, "stuck").items()}
-                ends |= {rank: f"{phase}: {text}" for rank, text in self.values(phase, "error").items()}
+                ends |= {rank: text if phase == "come" else f"{phase}: {text}" for rank, text in errors.items()}
                 first = {node: next(iter(texts.items())) for node, texts in self.by_node(ends).items()}
                 self.fail_nodes(
                     phase, {n: text if phase in SHARED else f"rank {rank}: {text}" for n, (rank, text) in first.items()}
@@ -155,10 +156,7 @@ class _Judge:
             reports = {rank: report for rank, report in ranks.items() if report and "device" in report}
             for rank, report in reports.items():
                 total, free = report["memory"], report.get("free", math.inf)
-                if report["device"] is None:
-                    seen = f"sees {report['gpus']} GPUs, none for its local rank {report['local_rank']}"
-                    self.fail("come", node, f"rank {rank} {seen}: one rank a GPU, and all of a node's visible to each")
-                elif free < FREE * total:
+                if free < FREE * total:
                     held = f"only {free / GIB:.0f} of {total / GIB:.0f} GiB of its GPU are free"
                     self.fail("come", node, f"rank {rank}: {held}: another process holds the others")
             for gpu, count in Counter(report.get("uuid") for report in reports.values()).items():
@@ -166,12 +164,13 @@ class _Judge:
                     users = [rank for rank, report in reports.items() if report["uuid"] == gpu]
                     self.fail("come", node, f"{_ranks(users)} share the GPU {gpu}: one rank a GPU")
             idle = max((report["gpus"] for report in reports.values()), default=0) - len(ranks)
-            if idle > 0 and "node_ranks" in next(iter(reports.values())):
+            if idle > 0:
                 self.warn("come", node, f"{idle} of its GPUs have no rank")
-            names = Counter(report["device"] for report in reports.values() if report["device"])
+            names = Counter(report["device"] for report in reports.values())
             self.rows[node]["device"] = ", ".join(f"{count}× {name}" for name, count in names.items())
+        self.verdict.run["network"] = "; ".join(sorted(set(self.values("come", "network").values())))
         for fact, name in (("device", "devices"), ("torch", "torch"), ("python", "Python")):
-            values = {rank: value for rank, value in self.values("come", fact).items() if value}
+            values = self.values("come", fact)
             usual = Counter(values.values()).most_common(1)
             for node, own in self.by_node(values).items():
                 for odd in sorted(set(own.values()) - {usual[0][0]}):
@@ -325,7 +324,7 @@ class _Judge:
                 for rank in ranks:
                     rates[rank] = max(rates.get(rank, 0.0), reports[rank]["bytes_per_second"])
         if fails and not works:
-            look = "look at the network, and at NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
+            look = f"look at NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME: {self.verdict.run['network']}"
             self.fail("link", None, f"no link between {', '.join(self.nodes)} works: {fails[0][1]}: {look}")
         named: set[str] = set()
         for pair, problem in fails if works else ():

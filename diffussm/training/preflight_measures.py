@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -179,18 +178,6 @@ def look(path: Path, whole: bool = True) -> Report:
     except OSError as error:
         seen["error"] = error.strerror or str(error)
     return seen
-
-
-def hosts_of_step() -> list[str]:
-    """The nodes that SLURM has started this on; none where it does not say."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
-    if not nodes:
-        return []
-    command = ["scontrol", "show", "hostnames", nodes]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return []
 
 
 def _synchronize(device: torch.device) -> None:

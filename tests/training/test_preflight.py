@@ -33,7 +33,14 @@ def reports(nodes: int = NODES) -> Reports:
     ranks, hosts = range(nodes * EACH), [f"n{node}" for node in range(nodes)]
     leads = [rank % EACH == 0 for rank in ranks]
     where = [{"node": f"n{rank // EACH}", "seconds": 0.1} for rank in ranks]
-    come = {"node_ranks": None, "cpus": list(range(96)), "cpus_per_task": None, "slurm": True, "gpus": EACH}
+    come = {
+        "node_ranks": None,
+        "cpus": list(range(96)),
+        "cpus_per_task": None,
+        "slurm": True,
+        "gpus": EACH,
+        "network": "NCCL",
+    }
     come |= {"python": "3.12.1", "torch": "2.10.0", "device": "NVIDIA H100", "memory": 80 * GIB, "free": 79 * GIB}
     data = {"bytes_per_second": 2e9, "latent": [4, 32, 32], "classes": 1000, "sample_bytes": 16384, "total_bytes": 2e10}
     place = {"folder": "/shared/runs", "free": 10**12, "held": 0, "whole": True, "error": ""}
@@ -59,7 +66,7 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert told.error() == "" and not told.warnings and told.exclude == []
     print_verdict(told)
     out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if line.startswith("n")][1:]
+    rows = [line for line in out.splitlines() if line.startswith(tuple(HOSTS))]
     assert len(rows) == NODES and all(row.endswith("  ok") for row in rows)
     assert "8× NVIDIA H100" in rows[0] and "0-7" in rows[0] and " 12 " in rows[0]  # 96 CPUs, 8 ranks
     assert "all-reduce  of 64 ranks: exact, 100 GB/s" in out
@@ -113,8 +120,8 @@ NODE_PROBLEMS = {
     "a node did not come": (lose(range(16, 24), "come"), "n2: none of its ranks came within 60 s"),
     "a node is lost": (lose(range(16, 24), "disk"), "n2: ranks 16-23 gave no sign for 60 s in the check of disk"),
     "no GPU": (
-        set_each("come", [17], device=None, gpus=1),
-        "n2: rank 17 sees 1 GPUs, none for its local rank 1",
+        lambda found: found["come"].__setitem__(17, {"node": "n2", "error": "local rank 1 on n2 has no GPU"}),
+        "n2: rank 17: local rank 1 on n2 has no GPU",
     ),
     "one GPU twice": (set_each("come", [17], uuid="GPU-16"), "n2: ranks 16, 17 share the GPU GPU-16"),
     "another GPU": (
