@@ -253,7 +253,7 @@ class Preflight:
             places["checkpoints"] = self._show(Path(str(store)))
         elif local:
             places["checkpoints"], shared = self._see()
-        return {"places": places, "shared": shared}
+        return {"places": {key: seen for key, seen in places.items() if seen}, "shared": shared}
 
     def _show(self, path: Path) -> Report:
         """Rank 0's part of one file system for all: a file, for as long as the others look for it."""
@@ -266,16 +266,10 @@ class Preflight:
             self._await([f"disk/seen/{node}" for node in self._others], time.monotonic() + self.timeout * 0.8)
         return seen
 
-    def _see(self) -> tuple[Report, bool]:
+    def _see(self) -> tuple[Report | None, bool]:
         """The others' part, in rank 0's folder: whatever else exists here does not matter."""
         if not self._await(["disk/file"], time.monotonic() + self.timeout * 0.8):
-            return {
-                "folder": "",
-                "free": 0,
-                "held": 0,
-                "whole": False,
-                "error": "",
-            }, True  # rank 0 says itself what is wrong there
+            return None, True  # rank 0 says itself what is wrong there
         told = self._receive("disk/file")
         try:
             found, deadline = not told["file"], time.monotonic() + SEEN_SECONDS

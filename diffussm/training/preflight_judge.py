@@ -271,13 +271,18 @@ class _Judge:
             node = self.node_of(rank)
             for key, place in seen.items():
                 if key == "checkpoints" and node in apart:
-                    self.fail("disk", node, f"sees another file system at {places[0][key]['folder']} than other nodes")
-                elif place["error"]:
-                    lacking[node] = f"{key}: cannot write into {place['folder']}: {place['error']}"
+                    folder = places[0][key]["folder"]
+                    self.fail("disk", node, f"sees another file system at {folder} than other nodes")
+                    continue
+                problem = self._shortage(key, place)
+                if place["error"]:
+                    problem = f"{key}: cannot write into {place['folder']}: {place['error']}"
                 else:
                     self.rows[node]["cache_free_bytes" if key == "data.cache" else "free_bytes"] = place["free"]
-                    if shortage := self._shortage(key, place):
-                        lacking[node] = shortage
+                if problem and (key == "run_dir" or (place["whole"] and key == "checkpoints" and not place["error"])):
+                    self.fail("disk", None, problem)  # which rank 0 alone has looked at
+                elif problem:
+                    lacking[node] = problem
         self.fail_nodes("disk", lacking)
 
     def _shortage(self, key: str, place: Report) -> str:

@@ -114,7 +114,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     """Run the command in this process: its exit code, stdout and stderr."""
 
     def run(*given: object) -> tuple[int, str, str]:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DIFFUSSM_S3_DEADLINE"):
             monkeypatch.setenv(name, "")  # so that it is restored
             monkeypatch.delenv(name)
         monkeypatch.setenv("SLURMD_NODENAME", "n0")
