@@ -11,6 +11,7 @@ demo: setup
 
 # One thread a process: two ranks on two cores wait for each other otherwise.
 test: setup lint
+	bash tests/slurm/install.sh
 	OMP_NUM_THREADS=1 python -m pytest
 
 # What takes long: `pytest -m nightly`.

@@ -366,6 +366,10 @@ class Trainer:
             f"S4D by {self.config.train.ssm_backend}; "
             + (f"going on at {self.images:,} images from {found}" if found else "from the start")
         )
+        if self.cluster.world_size > 1:
+            minutes = self.config.train.hang_minutes
+            patience = f"without progress for {minutes:g} min they end" if minutes else "they wait for ever"
+            self.say(f"ranks talk by {self.cluster.network}; {patience} (train.hang_minutes)")
         if found:
             saved = found.meta["world_size"], found.meta["zero_stage"]
             if saved != (self.cluster.world_size, stage):

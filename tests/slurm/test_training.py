@@ -1,0 +1,161 @@
+"""The script of the 512 px run on two nodes that are asked to stop, lose power, or lose their network."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import runs
+from slurm.cluster import Cluster
+
+from diffussm.data.store import open_store
+from diffussm.training import checkpoint
+from diffussm.training.monitor import log_of
+
+pytestmark = pytest.mark.slurm
+
+SCRIPT = runs.ROOT / "launch/slurm_xl512.sh"
+EXACT = ("images", "loss/total", "loss/mse", "loss/vlb", "grad_norm", "lr/dense", "lr/ssm")
+LONG = {"train__total_images": 1600, "train__decay_images": 0, "train__checkpoint_images": 240, "train__log_images": 40}
+SMALL = ["--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=6", "--mem=1G", "--time=10"]
+TWO = ["--nodes=2", *SMALL]
+
+
+def seen(run: Path) -> int:
+    return max((record["images"] for record in log_of(run)), default=0)
+
+
+def curve(run: Path) -> list[tuple]:
+    return [tuple(record[key] for key in EXACT) for record in log_of(run)]
+
+
+@pytest.fixture(scope="module")
+def whole(shades: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    """The curve of two ranks that nothing happens to, without SLURM."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    done = runs.run(runs.command("torchrun", 2, runs.arguments(shades, run, **LONG)))
+    assert done.returncode == 0, done.stderr
+    return curve(run)
+
+
+class Job:
+    """Training by the script: its number, its run and its log."""
+
+    def __init__(self, cluster: Cluster, folder: Path, environment: dict[str, str], *options: str) -> None:
+        self.cluster, self.run = cluster, folder / "run"
+        settings = {"DIFFUSSM_RUN": str(self.run), "DIFFUSSM_PREFLIGHT": "0"} | environment
+        self.number = cluster.submit(SCRIPT, *options, cwd=folder, env=settings)
+        self._log = folder / f"diffussm-xl512-{self.number}.out"
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    def wait(self, holds: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.05)
+
+    def wait_seen(self, images: int, seconds: float = 60) -> None:
+        self.wait(lambda: seen(self.run) >= images, seconds)
+
+    def complete(self, seconds: float = 120) -> dict[str, str]:
+        ended = self.cluster.wait_ended(self.number, seconds)
+        assert ended["JobState"] == "COMPLETED", self.log
+        return ended
+
+
+@pytest.fixture
+def submit(cluster: Cluster, plain_environment, write_config, shades: Path, tmp_path: Path):
+    def submit(*options: str, overrides: dict = LONG, **settings: str) -> Job:
+        tiny = {"DIFFUSSM_DATA": str(shades / "train"), "DIFFUSSM_CONFIG": str(write_config(shades, **overrides))}
+        return Job(cluster, tmp_path, plain_environment | tiny | settings, *options)
+
+    return submit
+
+
+def test_asked_to_stop_it_queues_itself_and_goes_on_bit_for_bit(cluster: Cluster, submit, whole) -> None:
+    """By USR1 to the batch shell, as --signal=B:USR1@300 sends it."""
+    job = submit(*TWO)
+    job.wait_seen(400)
+    cluster.on("ctl", "scancel", "--signal=USR1", "--batch", job.number)
+    ended = job.complete()
+    assert (ended["Restarts"], ended["ExitCode"]) == ("1", "0:0")
+    assert curve(job.run) == whole
+    assert job.log.count("stopped at ") == 1 and "stopped by USR1 with exit code 75: queued again" in job.log
+    assert f"job {job.number}, attempt 2: 2 nodes" in job.log and "going on at " in job.log
+
+
+def test_slurms_own_signal_before_the_limit_queues_it_again(cluster: Cluster, submit) -> None:
+    """By the script's own line. It comes with SLURM's next look at its limits, in half a minute at most."""
+    job = submit("--time=1", "--signal=B:USR1@55", *TWO[:-1], overrides=LONG | {"train__total_images": 10**6})
+    job.wait(lambda: "stopped by USR1 with exit code" in job.log and "queued again" in job.log)
+    job.wait(lambda: cluster.job(job.number)["Restarts"] == "1")
+    assert not [line for line in job.log.splitlines() if line.startswith("error:")]
+
+
+def test_a_cancelled_job_saves_and_is_not_queued_again(cluster: Cluster, submit) -> None:
+    job = submit(*TWO, overrides=LONG | {"train__total_images": 10**6})
+    job.wait_seen(80)
+    cluster.on("ctl", "scancel", job.number)
+    assert cluster.wait_ended(job.number, 30)["JobState"] == "CANCELLED"
+    job.wait(lambda: "all is saved" in job.log)
+    assert cluster.job(job.number)["Restarts"] == "0"
+
+
+def test_a_rank_that_dies_is_started_again_on_the_same_nodes(cluster: Cluster, submit, whole) -> None:
+    job = submit(*TWO)
+    job.wait_seen(400)
+    ranks(cluster, "n2")[0].kill()
+    ended = job.complete()
+    assert ended["Restarts"] == "0"
+    assert re.search(r"failed with exit code 1\d\d: trying again on the same nodes \(1 of 3\)", job.log), job.log
+    assert curve(job.run) == whole
+
+
+def test_a_node_that_loses_power_is_replaced(cluster: Cluster, submit, whole) -> None:
+    job = submit(*TWO)
+    job.wait_seen(400)
+    assert cluster.job(job.number)["NodeList"] == "n[1-2]"
+    cluster.power_off("n2")
+    ended = job.complete()
+    assert ended["Restarts"] == "1"
+    assert "n2" not in cluster.on("ctl", "scontrol", "show", "hostnames", ended["NodeList"]).split()
+    assert curve(job.run) == whole
+
+
+def test_ranks_that_were_cut_off_write_no_more(cluster: Cluster, submit, whole) -> None:
+    """Both on one node, so that nothing there is missing. They sleep, are replaced, and wake up beside the others."""
+    job = submit("--nodes=1", "--gpus-per-node=2", "--ntasks-per-node=2", *SMALL[2:])
+    job.wait_seen(400)
+    cluster.cut("n1")
+    old = ranks(cluster, "n1")
+    for rank in old:
+        rank.suspend()
+    job.wait(lambda: "attempt 2: 1 nodes n2" in job.log)
+    job.wait_seen(max(seen(job.run), 640) + 80)
+    for rank in old:
+        rank.resume()
+    assert job.complete()["Restarts"] == "1"
+    job.wait(lambda: "another process has begun to save into" in job.log)
+    assert curve(job.run) == whole
+    _, gone = psutil.wait_procs(old, timeout=30)
+    assert not gone
+    for found in checkpoint.complete(open_store(job.run / "checkpoints")):
+        found.verify()
+
+
+def ranks(cluster: Cluster, host: str) -> list[psutil.Process]:
+    """The training processes on a host."""
+    found = []
+    for process in cluster.processes(host):
+        with contextlib.suppress(psutil.Error):
+            if "diffussm/train.py" in process.cmdline()[1:2]:
+                found.append(process)
+    return found
