@@ -8,7 +8,7 @@ import re
 import sys
 from typing import Any
 
-from diffussm.errors import fail
+from diffussm.errors import UserError
 from diffussm.files import write_json
 
 
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        fail(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
     def add_json_option(self) -> None:
         self.add_argument("--json", metavar="FILE", help="also write the figures as JSON to FILE ('-': to stdout)")

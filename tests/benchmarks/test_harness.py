@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks.common import Goal, Report, in_fresh_process, interleaved, make_parser, peak_memory, profile_shares
+from diffussm.errors import run_command
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
@@ -74,5 +75,5 @@ def test_profile_sees_the_matrix_products():
 
 def test_bad_arguments_are_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
-        make_parser("ssm", "Measures.").parse_args(["--quik"])
+        run_command(lambda: make_parser("ssm", "Measures.").parse_args(["--quik"]))
     assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -120,7 +120,7 @@ def test_what_cannot_fit_is_refused_with_the_least(plan: Callable[..., tuple[int
     [
         (["xl256", "--gpus", "8"], "imagenet256/train has no index.json .* give --latent 4x32x32 --classes 1000"),
         (["xl256", "--latent", "4x32x32"], "--gpus"),
-        (["xl9", "--gpus", "8"], "'xl9' is neither a file nor one of fashion32, lsun_bedroom, lsun_church, xl256, xl512"),
+        (["xl9", "--gpus", "8"], "'xl9' is neither a file nor one of fashion32, lsun_bedroom, .*xl256, xl512"),
         ([*XL, "--gpus", "3"], "256 cannot be made by 3 ranks × accumulation: 255 or 258 can"),
         ([*XL, "--gpus", "0"], "--gpus 0 must be positive"),
         ([*XL, "--gpu-memory", "-1"], "--gpu-memory -1 must be positive"),
