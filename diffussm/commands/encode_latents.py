@@ -52,9 +52,11 @@ def main() -> None:
             begun, start = store.exists(INDEX_NAME) or store.list(RECORD_PREFIX), time.perf_counter()
             index = encode(
                 source, codec, store, arguments.samples_per_shard, arguments.seed,
-                flip=arguments.flip, on_bad_image=arguments.on_bad_image, workers=workers,
+                flip=arguments.flip, on_bad_image=arguments.on_bad_image, workers=workers, share=arguments.share,
             )  # fmt: skip
-            if workers.rank == 0:
+            if workers.rank == 0 and index is None:
+                print(f"{store}: this share is finished; whoever finishes the last one makes the index")
+            elif workers.rank == 0:
                 seconds = time.perf_counter() - start
                 reports.append(describe(store, index))
                 reports[-1]["images_per_second"] = None if begun else len(index) / seconds
@@ -84,6 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--on-bad-image", default="stop", choices=("stop", "skip"), help="skip: leave it out, list it (default: stop)")
     add("--out", required=True, help="folder or s3://bucket/prefix for the shards and the index")
     add("--samples-per-shard", type=int, metavar="N", help="(default: 4096; of webdataset: what each tar has)")
+    add("--share", type=share, default=(0, 1), metavar="I/N", help="only every N-th shard, from the I-th (0 to N - 1)")
     add("--seed", type=int, default=0, metavar="N", help="of the samples' order (default: 0)")
     add("--raw", type=Path, metavar="FOLDER", help="of fashion-mnist: where its files are (default: beside OUT)")
     parser.add_json_option()
@@ -105,6 +108,14 @@ def parse_arguments() -> argparse.Namespace:
         arguments.raw = arguments.raw or raw_folder(beside, arguments.source)
     arguments.codec = arguments.codec or CODECS[arguments.source != "fashion-mnist"]
     return arguments
+
+
+def share(text: str) -> tuple[int, int]:
+    """The type of --share."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, such as 0/16")
+    return int(index), int(count)
 
 
 def open_codec(arguments: argparse.Namespace, local_rank: int) -> Codec:

@@ -21,6 +21,7 @@ from diffussm.autoencoders.codec import Codec
 from diffussm.data.index import INDEX_NAME, SHARD_PREFIX, Index, Shard, publish_index, shard_name
 from diffussm.data.loading import LOADERS, load_ahead
 from diffussm.data.records import (
+    RECORD_PREFIX,
     LeftOut,
     Record,
     load_record,
@@ -49,7 +50,8 @@ def encode(
     flip: bool = False,
     on_bad_image: str = "stop",
     workers: Workers | None = None,
-) -> Index:
+    share: tuple[int, int] = (0, 1),
+) -> Index | None:
     """Encode all of ``source`` into ``store`` and return the index. If it is there already, nothing is done.
 
     Args:
@@ -59,6 +61,8 @@ def encode(
         on_bad_image: ``stop`` at an image that cannot be decoded, so that it can be mended and the same call goes on;
             or ``skip`` it: it is left out, listed in ``bad-images.json`` and counted in the index.
         workers: those who share the work; each calls this function with the same arguments.
+        share: (i, n): of the shards only every n-th, from the i-th. Others, which may know nothing of these workers,
+            make the rest. Whose shards are the last publishes the index; before, None is returned.
 
     Raises:
         UserError: ``store`` holds something else, complete or in part, or is damaged; an image cannot be read or
@@ -74,20 +78,23 @@ def encode(
             print(f"{store}: already encoded, nothing to do", file=sys.stderr)
         return index
     encoding.refuse_strays()
+    shards = range(share[0], encoding.shard_count, share[1])
+    images = encoding.image_count if len(shards) == encoding.shard_count else None
     with (
-        Progress(f"encoding {store}", encoding.shard_count, encoding.image_count, workers) as progress,
+        Progress(f"encoding {store}", len(shards), images, workers) as progress,
         ThreadPoolExecutor(LOADERS, "images") as pool,
     ):
         while (number := progress.claim()) is not None:
-            encoding.finish_shard(number, pool, progress)
+            encoding.finish_shard(shards[number], pool, progress)
             progress.add_shard()
         if workers.rank == 0:
             progress.wait_for_shards()
-            encoding.publish()
+            if len(shards) == encoding.shard_count or encoding.all_finished():
+                encoding.publish()
             progress.announce_end()
         else:
             progress.wait_for_end()
-    return Index.load(store)
+    return Index.load(store) if store.exists(INDEX_NAME) else None
 
 
 class Encoding:
@@ -149,6 +156,10 @@ class Encoding:
         else:
             self._refuse_changed(number, record)
             progress.add_images(len(record.rows) + len(record.left_out))
+
+    def all_finished(self) -> bool:
+        """Whether there is a record of every shard, whoever made it."""
+        return len(self._store.list(RECORD_PREFIX)) == self.shard_count
 
     def publish(self) -> None:
         """Make the index of the records of all shards, and remove them."""

@@ -128,6 +128,30 @@ def test_two_processes_at_once_write_one_data_set(images: ArrayImages, codec: Pi
     assert contents(tmp_path / "both") == contents(tmp_path / "one")
 
 
+def test_shares_in_any_order_make_one_data_set(images: ArrayImages, codec: PixelCodec, tmp_path: Path) -> None:
+    """Jobs that know nothing of each other; more of them than shards, and one that comes twice."""
+    store = open_store(tmp_path / "shared")
+    *before, last = (encode(images, codec, store, 50, share=(number, 6)) for number in (5, 2, 0, 2, 4, 1, 3))
+    assert before == [None] * 6
+    encode(images, codec, open_store(tmp_path / "one"), 50)
+    assert contents(tmp_path / "shared") == contents(tmp_path / "one")
+    assert encode(images, codec, store, 50, share=(1, 6)).hash == last.hash
+
+
+def test_shares_at_the_same_time_make_one_data_set(images: ArrayImages, codec: PixelCodec, tmp_path: Path) -> None:
+    def encode_share(number: int) -> None:
+        encode(images, codec, open_store(tmp_path / "shared"), 10, share=(number, 4))
+
+    processes = [fork.Process(target=encode_share, args=(number,)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    encode_in_shards_of_ten(images, codec, tmp_path / "one")
+    assert contents(tmp_path / "shared") == contents(tmp_path / "one")
+
+
 def test_what_is_there_is_left_alone(
     images: ArrayImages, codec: PixelCodec, encoded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
