@@ -7,12 +7,15 @@
 75       EXIT_STOPPED: stopped on request with everything saved; the same command goes on
 128 + n  a second signal n, while the request of the first was being carried out: nothing more is saved
 -14      SIGALRM: hung in C code that kept the interpreter's lock, so that nothing could exit with 70
+
+Launchers end the other ranks when one has ended, and some then tell how those were ended. So 2 and 75 are also written
+into the file that DIFFUSSM_EXIT_FILE names, if it does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +38,7 @@ class Stopped(Exception):
 def fail(message: str) -> NoReturn:
     """Print ``error: message`` on one line to stderr and exit with code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    _leave_code(2)
     sys.exit(2)
 
 
@@ -49,17 +53,20 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
+        rank = _rank()
         if rank != "0":
-            _wait_for_the_launcher(2)
+            time.sleep(WAIT_FOR_RANK_0)
         fail(str(error) if rank == "0" else f"rank {rank}: {error}")
     except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if _rank() == "0":
             print(stopped, file=sys.stderr, flush=True)
+        _leave_code(EXIT_STOPPED)
         sys.exit(EXIT_STOPPED)
     except RuntimeError as error:
         if any(sign in str(error) for sign in PEER_LOST):
-            _wait_for_the_launcher(1)  # another rank has ended, and has said why
+            time.sleep(
+                WAIT_FOR_RANK_0
+            )  # another rank has ended, and has said why: its exit code is to be the launcher's
         raise
     except BrokenPipeError:  # `tool | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,8 +77,14 @@ def run_command(main: Callable[[], None]) -> None:
         fail(f"{error.filename}: {error.strerror}")
 
 
-def _wait_for_the_launcher(code: int) -> None:
-    """Until it ends this process, or long enough: the rank that has said why ends first. Ended, it has that exit code,
-    which is to be no greater than the other's: srun returns the greatest."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-    time.sleep(WAIT_FOR_RANK_0)
+def _rank() -> str:
+    """This process's number, before anything has asked the launcher."""
+    step = "SLURM_PROCID" if os.environ.get("SLURM_STEP_ID", "batch").isdigit() else "RANK"  # not of a batch shell
+    names = "RANK", step, "OMPI_COMM_WORLD_RANK"
+    return next((os.environ[name] for name in names if name in os.environ), "0")
+
+
+def _leave_code(code: int) -> None:
+    if path := os.environ.get("DIFFUSSM_EXIT_FILE"):
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            file.write(f"{code}\n")

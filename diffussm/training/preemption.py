@@ -15,8 +15,6 @@ import socket
 import threading
 import time
 
-from diffussm.errors import Stopped
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a launcher's, Ctrl-C's, SLURM's --signal=USR1
 REPEAT_SECONDS = 3  # Ctrl-C comes twice: from the terminal, and from the launcher, which passes it on
 
@@ -64,11 +62,8 @@ class StopRequest:
         os.register_at_fork(after_in_child=self._undo.close)  # a signal to the child is not one to this process
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._undo.close()
-        if kind is Stopped:  # all is saved, and the exit code is to say so: launchers that see one rank end send others
-            for number in SIGNALS:  # a signal
-                signal.signal(number, signal.SIG_IGN)
         if self._listener.is_alive():  # in a forked child it is not, and the connection is the parent's
             self._writer.shutdown(socket.SHUT_WR)  # close() would not end the listener while children hold copies
             self._listener.join()
