@@ -57,7 +57,6 @@ def draw(
     model = request.model().to(device)
     parts = Parts(out / PARTS, title, request.count, {**request.description(), "device": device.type})
     kept = from_first(workers, f"{title}: kept", parts.prepare)
-    parts.check()
     began = time.perf_counter()
     with Progress(title, len(parts), request.count, workers, begin=kept, steps=request.settings.steps) as progress:
         threads = torch.get_num_threads() if device.type == "cpu" else 1
@@ -84,6 +83,7 @@ def _fill(
 
 def _claim_missing(parts: Parts, progress: Progress) -> Iterator[int]:
     while (number := progress.claim()) is not None:
+        parts.check()  # now: whoever comes so late that nothing is left to claim may find them merged and removed
         if number in parts:
             progress.add_shard()
         else:
