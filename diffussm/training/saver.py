@@ -36,6 +36,10 @@ LAST_TRIES = 3  # of a save that training waits for
 OWNER, LATEST, BEST = "owner", "latest", "best"
 
 
+class Replaced(UserError):
+    """Another process saves where this one did: no try of this one will succeed."""
+
+
 class Saver:
     """A run's checkpoints, as every rank saves them.
 
@@ -43,6 +47,9 @@ class Saver:
         store: of `checkpoints/`.
         surplus: which checkpoints to remove, of all, the newest first.
         best: name of the metric whose best checkpoint `best` names.
+
+    Attributes:
+        lost: why no more will be saved, as soon as rank 0 has met it in the background; "" while it has not.
 
     Made by every rank; rank 0 takes possession of the place.
 
@@ -61,6 +68,7 @@ class Saver:
         self._store, self._cluster, self._partition = store, cluster, partition
         self._surplus, self._best = surplus, best
         self._job: _Job | None = None
+        self.lost = ""
         self._attempt = Attempt.here()
         self._token = f"{cluster.host} {uuid.uuid4().hex} {self._attempt}"
         self._writer = cluster.from_main(self._take_over)
@@ -189,8 +197,8 @@ class Saver:
             raise self._replaced()
         return owner
 
-    def _replaced(self) -> UserError:
-        return UserError(
+    def _replaced(self) -> Replaced:
+        return Replaced(
             f"another process has begun to save into {self._store}: only one may train a run: stop one of them"
         )
 
@@ -257,6 +265,9 @@ class _Job:
                 result = action()
                 self.failing = False
                 return result
+            except Replaced as error:
+                self._saver.lost = str(error)
+                return self._saver.lost
             except (OSError, UserError) as error:
                 problem = f"checkpoint {self._name} cannot be written: {_text(error)}"
             tries += 1

@@ -167,6 +167,7 @@ class Trainer:
 
         Raises:
             Stopped: a signal or the time limit has asked for it; everything is saved.
+            UserError: nothing can be saved any more.
         """
         train = self.config.train
         if self.images >= train.total_images:
@@ -204,7 +205,8 @@ class Trainer:
         Returns:
             What asks to stop, if any rank was asked before this step; "" on every rank otherwise.
         """
-        asked = torch.tensor([int(self.stop.requested) * (self.cluster.world_size - self.cluster.rank)])
+        is_asked = self.stop.requested or self.saver.lost != ""
+        asked = torch.tensor([is_asked * (self.cluster.world_size - self.cluster.rank)])
         agreed = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.cluster.control, async_op=True)
         with self.clock.part("data"):
             batch = next(self.stream)
@@ -343,12 +345,18 @@ class Trainer:
             print(f"warning: {line}", flush=True)
 
     def _reason(self, asked: int) -> str:
-        """Why to stop, told by the first rank that was asked. Collective where one was."""
+        """Why to stop, told by the first rank that was asked. Collective where one was.
+
+        Raises:
+            UserError: nothing can be saved any more.
+        """
         if not asked:
             return ""
-        reason = [self.stop.reason]
-        dist.broadcast_object_list(reason, self.cluster.world_size - asked, group=self.cluster.control)
-        return reason[0]
+        told = [self.stop.reason, self.saver.lost]
+        dist.broadcast_object_list(told, self.cluster.world_size - asked, group=self.cluster.control)
+        if told[1]:
+            raise UserError(told[1])
+        return told[0]
 
     def _choose_ssm_backend(self, found: Checkpoint | None, micro_batch: int, precision: torch.dtype) -> str:
         """The checkpoint's, or the faster one here. Chosen once a run: the other rounds otherwise. Collective."""

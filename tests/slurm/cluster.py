@@ -81,6 +81,7 @@ class Cluster:
         self._name = f"diffussm{os.getpid()}"
         self._network = "10.77.0"
         self._hosts: dict[str, subprocess.Popen[bytes]] = {}
+        self._cut: set[str] = set()
 
     def __enter__(self) -> Cluster:
         try:
@@ -173,22 +174,23 @@ class Cluster:
 
     def cut(self, host: str) -> None:
         """Pull the plug of its network."""
+        self._cut.add(host)
         self._link(host, "down")
-
-    def mend(self, host: str) -> None:
-        self._link(host, "up")
-
-    def _link(self, host: str, state: str) -> None:
-        _run("ip", "-n", f"{self._name}-{host}", "link", "set", "eth0", state)
 
     def mend_all(self) -> None:
         """Cancel all jobs, and have all hosts up and free again."""
         self.on(CONTROLLER, "scancel", "--user=root")
+        for host in self._cut:
+            self._link(host, "up")
+            self.power_off(host)
+        self._cut.clear()
         for host in self.nodes:
-            self.mend(host)
             if host not in self._hosts:
                 self.power_on(host)
         self.wait_idle()
+
+    def _link(self, host: str, state: str) -> None:
+        _run("ip", "-n", f"{self._name}-{host}", "link", "set", "eth0", state)
 
     def processes(self, host: str) -> list[psutil.Process]:
         """All that run on a host, daemons included."""
