@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import yaml
+
+from diffussm.config import CONFIGS
 
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "diffussm/train.py")
@@ -45,6 +48,17 @@ def arguments(data: Path, run: Path, **overrides: object) -> list[str]:
     } | {key.replace("__", "."): value for key, value in overrides.items()}
     zero2 = ["--deepspeed", str(ROOT / "ds_configs/zero2.json")]
     return [*zero2, *(f"--{key}={value}" for key, value in keys.items())]
+
+
+def write_config(path: Path, data: Path, **overrides: object) -> Path:
+    """Save what :func:`arguments` makes of the default as a YAML file, but for the run's folder."""
+    table = yaml.safe_load((CONFIGS / "fashion32.yaml").read_text())
+    for argument in arguments(data, Path("unused"), **overrides)[2:]:
+        key, value = argument[2:].split("=", 1)
+        section, _, name = key.rpartition(".")
+        (table.setdefault(section, {}) if section else table)[name] = yaml.safe_load(value)
+    path.write_text(yaml.safe_dump(table))
+    return path
 
 
 def free_port() -> int:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import runs
 
+from diffussm.training.monitor import log_of
+
 pytestmark = pytest.mark.distributed
 
 WORKER = str(Path(__file__).parent / "launch_worker.py")
@@ -51,3 +53,27 @@ def test_a_rank_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert f"rank 0 of 2 on {socket.gethostname()} could not meet the others at 127.0.0.1:{port}" in line
     assert "1/2 clients joined" in line
+
+
+def test_the_local_script_saves_when_interrupted_and_goes_on(shades: Path, tmp_path: Path, monkeypatch) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    config = runs.write_config(tmp_path / "tiny.yaml", shades, train__checkpoint_images=10**6, train__total_images=1600)
+    settings = {
+        "DIFFUSSM_CONFIG": config,
+        "DIFFUSSM_RUN": run,
+        "DIFFUSSM_RANKS": 2,
+        "DIFFUSSM_PYTHON": sys.executable,
+        "DIFFUSSM_PREFLIGHT": 0,
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    script = ["bash", str(runs.ROOT / "launch/local.sh")]
+    done = runs.run(script)
+    assert done.returncode == 2 and done.stderr.startswith("error: DIFFUSSM_DATA is not set: export DIFFUSSM_DATA=")
+    monkeypatch.setenv("DIFFUSSM_DATA", str(shades / "train"))
+    with runs.started(script, log, lambda: bool(log_of(run))) as process:
+        process.send_signal(signal.SIGINT)  # to the script alone, which passes it on
+        assert process.wait(timeout=60) == 75, log.read_text()
+    assert "all is saved, the same command goes on" in log.read_text()
+    done = runs.run([*script, "--train.total_images", str(log_of(run)[-1]["images"] + 16)])
+    assert done.returncode == 0 and "going on at" in done.stderr, done.stderr

@@ -2,15 +2,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import runs
-import yaml
 from slurm.cluster import Cluster, missing
-
-from diffussm.config import CONFIGS
 
 NODES = 8
 
@@ -38,20 +34,3 @@ def plain_environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     python = {"DIFFUSSM_PYTHON": sys.executable, "DIFFUSSM_ROOT": str(runs.ROOT), "OMP_NUM_THREADS": "1"}
     return kept | python
-
-
-@pytest.fixture
-def write_config(tmp_path: Path) -> Callable[..., Path]:
-    """Saves what runs.arguments() makes of the default as a YAML file."""
-
-    def write(data: Path, **overrides: object) -> Path:
-        table = yaml.safe_load((CONFIGS / "fashion32.yaml").read_text())
-        for argument in runs.arguments(data, Path("set-by-the-script"), **overrides)[2:]:
-            key, value = argument[2:].split("=", 1)
-            section, _, name = key.rpartition(".")
-            (table.setdefault(section, {}) if section else table)[name] = yaml.safe_load(value)
-        path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump(table))
-        return path
-
-    return write

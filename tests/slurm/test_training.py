@@ -78,9 +78,10 @@ class Job:
 
 
 @pytest.fixture
-def submit(cluster: Cluster, plain_environment, write_config, shades: Path, tmp_path: Path):
+def submit(cluster: Cluster, plain_environment, shades: Path, tmp_path: Path):
     def submit(*options: str, overrides: dict = LONG, **settings: str) -> Job:
-        tiny = {"DIFFUSSM_DATA": str(shades / "train"), "DIFFUSSM_CONFIG": str(write_config(shades, **overrides))}
+        config = runs.write_config(tmp_path / "tiny.yaml", shades, **overrides)
+        tiny = {"DIFFUSSM_DATA": str(shades / "train"), "DIFFUSSM_CONFIG": str(config)}
         return Job(cluster, tmp_path, plain_environment | tiny | settings, *options)
 
     return submit
@@ -167,3 +168,21 @@ def ranks(cluster: Cluster, host: str) -> list[psutil.Process]:
             if "diffussm/train.py" in process.cmdline()[1:2]:
                 found.append(process)
     return found
+
+
+def test_hosts_whose_names_mean_loopback_find_each_other(cluster: Cluster, plain_environment, tmp_path: Path) -> None:
+    """As Debian writes /etc/hosts: gloo would tell the other hosts 127.0.1.1."""
+    hosts = (cluster.folder / "hosts").read_text()
+    for host in ("n1", "n2"):
+        (tmp_path / host).write_text(f"127.0.1.1 {host}\n{hosts}")
+        cluster.on(host, "mount", "--bind", str(tmp_path / host), "/etc/hosts")
+    try:
+        code = "from diffussm.training.cluster import connect; c = connect(); c.barrier(); print(c.rank, c.network)"
+        python = plain_environment["DIFFUSSM_PYTHON"]
+        job = ["srun", "--nodes=2", "--ntasks=2", "--cpus-per-task=2", python, "-c", code]
+        told = cluster.on("ctl", *job, cwd=tmp_path, env=plain_environment)
+    finally:
+        for host in ("n1", "n2"):
+            cluster.on(host, "umount", "/etc/hosts")
+    lines = sorted(line for line in told.splitlines() if "GLOO" in line)
+    assert lines == [f"{rank} GLOO over eth0, NCCL over its own choice" for rank in (0, 1)]

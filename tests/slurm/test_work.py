@@ -90,7 +90,8 @@ def test_nodes_are_checked_before_they_train(
 ) -> None:
     """One has its checkpoints elsewhere: it is named, and the job ends before it trains."""
     settings = {"DIFFUSSM_DATA": str(shades / "train"), "DIFFUSSM_RUN": str(tmp_path / "run")}
-    environment = plain_environment | settings | {"DIFFUSSM_CONFIG": str(write_config(shades, train__global_batch=12))}
+    config = runs.write_config(tmp_path / "tiny.yaml", shades, train__global_batch=12)
+    environment = plain_environment | settings | {"DIFFUSSM_CONFIG": str(config)}
     (tmp_path / "run").mkdir()
     cluster.on("n2", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "run"))
     try:

@@ -244,6 +244,35 @@ def test_another_process_takes_over_and_the_first_publishes_no_more(store, clust
     Checkpoint(store, name(2)).verify()
 
 
+def test_an_earlier_attempt_of_a_job_takes_nothing_back(store, cluster, monkeypatch):
+    """SLURM has started the job anew elsewhere; the node that was cut off wakes up while it starts."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second = make_saver(store, cluster)
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    with pytest.raises(UserError, match="another process has begun to save"):
+        make_saver(store, cluster)
+    save(store, cluster, 1, make=second)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    third = make_saver(store, cluster)
+    save(store, cluster, 2, make=third)
+    assert names(store) == [name(1), name(2)]
+
+
+def test_what_a_replaced_process_still_writes_is_in_no_checkpoint(store, cluster):
+    """It was in the middle of its file when it lost the disk, and gets it back when the other has published."""
+    first = make_saver(store, cluster)
+    second = make_saver(store, cluster)
+    save(store, cluster, 1, make=second)
+    first.write(name(1), b"of an older time")
+    Checkpoint(store, name(1)).verify()
+    assert len(list(Path(str(store)).glob("*/rank-00000-*.safetensors"))) == 2
+    save(store, cluster, 2, 3, make=second)  # which removes the first, and all that is there
+    assert files(store) == {"latest", "owner"} | {
+        f"{name(n)}/{file}" for n in (2, 3) for file in ("manifest.json", "meta.json", "rank-00000-x.safetensors")
+    }
+
+
 class Flaky(LocalStore):
     """A folder where changes of objects whose names have ``part`` in them fail as often as told."""
 

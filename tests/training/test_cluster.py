@@ -8,7 +8,7 @@ import pytest
 
 from diffussm.errors import UserError
 from diffussm.training import cluster
-from diffussm.training.cluster import Identity, identify
+from diffussm.training.cluster import Attempt, Identity, device_index, identify
 
 pytestmark = pytest.mark.unit
 
@@ -117,3 +117,30 @@ def test_mpirun_without_mpi4py_is_refused(environment, monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(UserError, match=r"mpi4py does not work here .*: pip install mpi4py"):
         identify()
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "visible", "index"),
+    [(0, 8, 0), (7, 8, 7), (0, 1, 0), (5, 1, 0)],  # the last as by --gpus-per-task=1: each task sees its own alone
+)
+def test_the_device_goes_by_the_number_on_the_host(local_rank, visible, index):
+    assert device_index(Identity("srun", 63, 64, local_rank), visible) == index
+
+
+def test_more_ranks_than_gpus_are_refused():
+    with pytest.raises(UserError, match=r"local rank 4 on .* sees 4: .* --ntasks-per-node=4 --gpus-per-node=4"):
+        device_index(Identity("srun", 12, 16, 4), 4)
+
+
+def test_which_attempt_replaces_which(environment):
+    environment({"SLURM_JOB_ID": "7"})
+    first = Attempt.here()
+    environment({"SLURM_RESTART_COUNT": "10"})
+    eleventh = Attempt.here()
+    assert (str(first), str(eleventh)) == ("job 7, attempt 1", "job 7, attempt 11")
+    assert eleventh.replaces(first) and not first.replaces(eleventh) and not first.replaces(first)
+    assert Attempt.in_text(f"process 12 on n1 ({eleventh})") == eleventh
+    for other in (Attempt("77", 3), Attempt(), Attempt.in_text("process 12 on n1")):
+        assert not eleventh.replaces(other) and not other.replaces(eleventh)
+    environment({"SLURM_JOB_ID": ""})
+    assert Attempt.here() == Attempt() and str(Attempt.here()) == ""
