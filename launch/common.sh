@@ -31,6 +31,9 @@ need() {
 
 # What every script does first.
 begin() {
+    # of an array SLURM_JOB_ID may mean all its jobs
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-${SLURM_JOB_ID:-}}
     if [ -n "${DIFFUSSM_SETUP:-}" ]; then
         [ -r "$DIFFUSSM_SETUP" ] || fail "DIFFUSSM_SETUP=$DIFFUSSM_SETUP cannot be read: name a shell file"
         set +u # what modules and conda source is not ours to judge
@@ -50,28 +53,31 @@ begin() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cpus + 1) / 2))} # the rest is for the loader
     export PYTHONUNBUFFERED=1                                   # a job that is killed has said what it had to say
     export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}    # not that a host's address has no name
-    if [ -n "${SLURM_JOB_ID:-}" ]; then
+    if [ -n "$job" ]; then
         local gpus=${SLURM_GPUS_ON_NODE:-0} tasks=${SLURM_NTASKS_PER_NODE:-1}
-        [ "$gpus" = 0 ] || [ "$gpus" = "$tasks" ] || fail "$gpus GPUs a node and $tasks tasks a node: a rank takes" \
+        [ "$gpus" = 0 ] || [ "$gpus" -ge "$tasks" ] || fail "$gpus GPUs a node and $tasks tasks a node: a rank takes" \
             "one GPU; give sbatch --gpus-per-node=$gpus --ntasks-per-node=$gpus"
-        echo "job $SLURM_JOB_ID, attempt $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES nodes" \
+        DIFFUSSM_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" || true) # for ranks in a container without SLURM
+        export DIFFUSSM_HOSTS
+        echo "job $job, attempt $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES nodes" \
             "$SLURM_JOB_NODELIST × $tasks tasks × $cpus CPUs, $python, $(date '+%F %T %Z')"
     fi
     # Where processes leave the exit code that they have chosen: srun returns how it has ended the others.
-    export DIFFUSSM_EXIT_FILE=$PWD/.exit-code-${SLURM_JOB_ID:-$$}
+    # Of this attempt: one that is cut off must not speak for the next.
+    export DIFFUSSM_EXIT_FILE=$PWD/.exit-code-${SLURM_JOB_ID:-$$}-${SLURM_RESTART_COUNT:-0}
     trap 'rm -f "$DIFFUSSM_EXIT_FILE"' EXIT
     trap 'pass_on USR1' USR1
     trap 'pass_on TERM' TERM
     trap 'pass_on INT' INT
 }
 
-asked= # the signal that asks to stop
-child=
+job='' asked='' # this job, and the signal that asks to stop
+signals=0 child=''
 
 pass_on() {
-    asked=$1
+    asked=$1 signals=$((signals + 1))
     [ -n "$child" ] || return 0
-    if [ -z "${SLURM_JOB_ID:-}" ]; then
+    if [ -z "$job" ]; then
         kill -s "$1" -- "-$child" 2>/dev/null || true
     elif [ "$1" = USR1 ]; then # SLURM itself sends TERM to all
         kill -s USR1 "$child" 2>/dev/null || true
@@ -80,13 +86,15 @@ pass_on() {
 
 # ranks COMMAND...: one process a task; without SLURM, one a GPU. Returns with what they ended with.
 ranks() {
-    local code before options number
-    rm -f "$DIFFUSSM_EXIT_FILE"
-    if [ -n "${SLURM_JOB_ID:-}" ]; then
+    local before chosen code number options
+    : >"$DIFFUSSM_EXIT_FILE" # not removed: over NFS a file that was not there is believed to be away for a while
+    if [ -n "$job" ]; then
         options=(--label --kill-on-bad-exit=1)
         if [ -n "${DIFFUSSM_CONTAINER:-}" ]; then
             local mounts=$PWD:$PWD
-            [ ! -d "${DIFFUSSM_RUN:-}" ] || mounts+=,$DIFFUSSM_RUN:$DIFFUSSM_RUN
+            case ${DIFFUSSM_RUN:-} in
+            /*) mounts+=,$DIFFUSSM_RUN:$DIFFUSSM_RUN ;;
+            esac
             options+=(--container-image="$DIFFUSSM_CONTAINER" --container-workdir="$PWD")
             options+=(--container-mounts="$mounts${DIFFUSSM_MOUNTS:+,$DIFFUSSM_MOUNTS}")
         fi
@@ -98,13 +106,17 @@ ranks() {
         setsid "$python" -m deepspeed.launcher.runner --num_gpus "$number" "$@" &
     fi
     child=$!
+    [ -z "$asked" ] || pass_on "$asked" # which came before there was anybody to tell
     while :; do
-        before=$asked code=0
+        before=$signals code=0
         wait "$child" || code=$?
-        [ "$asked" != "$before" ] || break # else it was a signal that ended the wait
+        [ "$signals" != "$before" ] || break # else it was a signal that ended the wait
     done
     child=
-    [ "$code" = 0 ] || [ ! -s "$DIFFUSSM_EXIT_FILE" ] || code=$(<"$DIFFUSSM_EXIT_FILE")
+    if [ "$code" != 0 ]; then
+        chosen=$(<"$DIFFUSSM_EXIT_FILE") || chosen=
+        code=${chosen:-$code}
+    fi
     return "$code"
 }
 
@@ -118,7 +130,8 @@ attempts() {
         if [ -n "$asked" ] || [ "$code" = 75 ]; then
             again "$code"
         fi
-        [ "$code" != 2 ] || exit 2 # bad input: a line says what to mend
+        # Bad input: a line says what to mend. Later on it is trouble that may pass: of storage, of a network.
+        [ "$code" != 2 ] || [ $((SECONDS - began)) -ge 600 ] || exit 2
         [ $((SECONDS - began)) -lt 1800 ] || failures=0
         failures=$((failures + 1))
         [ "$failures" -le "${DIFFUSSM_RETRIES:-3}" ] || {
@@ -132,22 +145,29 @@ attempts() {
 
 # Whether SLURM still counts on this attempt: a node that was cut off may go on with one that it has given up.
 current() {
-    [ -n "${SLURM_JOB_ID:-}" ] || return 0
-    local job
-    job=" $(scontrol show --oneliner job "$SLURM_JOB_ID" 2>/dev/null) "
-    [[ $job == *" JobState=RUNNING "* && $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+    local tries said
+    [ -n "$job" ] || return 0
+    for ((tries = 0; tries < 30; tries++)); do
+        if said=" $(scontrol show --oneliner job "$job" 2>/dev/null) "; then
+            [[ $said == *" JobState=RUNNING "* && $said == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+            return
+        fi
+        sleep 10
+    done
+    echo "error: SLURM's controller does not answer: submit again, the same command goes on from what is saved" >&2
+    return 1
 }
 
 # again CODE: stopped on request; queue again, unless somebody has cancelled the job. Ends the script.
 again() {
-    if [ -z "${SLURM_JOB_ID:-}" ] || [ "$asked" = TERM ] || [ "$asked" = INT ] || ! current; then
+    if [ -z "$job" ] || [ "$asked" = TERM ] || [ "$asked" = INT ] || ! current; then
         exit "$1"
     fi
     echo "stopped ${asked:+by $asked }with exit code $1: queued again"
     rm -f "$DIFFUSSM_EXIT_FILE"
     trap '' TERM # SLURM ends this script, and is to let scontrol say its word first
-    scontrol requeue "$SLURM_JOB_ID" || {
-        echo "error: SLURM does not queue job $SLURM_JOB_ID again: submit it again, it goes on from what is saved" >&2
+    scontrol requeue "$job" || {
+        echo "error: SLURM does not queue job $job again: submit it again, it goes on from what is saved" >&2
         exit "$1"
     }
     sleep 60
@@ -161,7 +181,11 @@ train() {
     local zero=${DIFFUSSM_ZERO:-2}
     [ -f "$zero" ] || zero=ds_configs/zero$zero.json
     [ -f "$zero" ] || fail "DIFFUSSM_ZERO=$DIFFUSSM_ZERO is none of 1, 2, 3, 3_offload, nor a file"
+    case $DIFFUSSM_RUN in
+    *://*) fail "DIFFUSSM_RUN=$DIFFUSSM_RUN is no folder: name one; DIFFUSSM_CHECKPOINTS is what may be in S3" ;;
+    esac
     mkdir -p "$DIFFUSSM_RUN" || fail "DIFFUSSM_RUN=$DIFFUSSM_RUN cannot be made: name a folder that you may write to"
+    DIFFUSSM_RUN=$(realpath "$DIFFUSSM_RUN")
     arguments=(--deepspeed "$zero" --config "$DIFFUSSM_CONFIG" --data.path "$DIFFUSSM_DATA" --run_dir "$DIFFUSSM_RUN")
     [ -z "${DIFFUSSM_CHECKPOINTS:-}" ] || arguments+=(--train.checkpoints "$DIFFUSSM_CHECKPOINTS")
     [ -z "${DIFFUSSM_CACHE:-}" ] || arguments+=(--data.cache "$DIFFUSSM_CACHE")

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/common.sh
-unset SLURM_JOB_ID # inside an allocation this is still one machine
+unset SLURM_JOB_ID SLURM_ARRAY_JOB_ID # inside an allocation this is still one machine
 DIFFUSSM_CONFIG=${DIFFUSSM_CONFIG:-fashion32}
 begin
 train "$@"

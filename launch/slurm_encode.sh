@@ -31,9 +31,13 @@ cd "${DIFFUSSM_ROOT:-${SLURM_SUBMIT_DIR:-.}}"
 begin
 need DIFFUSSM_INPUT "/data/imagenet/train: where the images are"
 need DIFFUSSM_OUT "s3://bucket/imagenet512/train, or a folder that every node sees"
+# shellcheck disable=SC2153
 arguments=(--source "${DIFFUSSM_SOURCE:-folder}" --input "$DIFFUSSM_INPUT" --out "$DIFFUSSM_OUT")
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    share=$(((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}) / SLURM_ARRAY_TASK_STEP))
-    arguments+=(--share "$share/$SLURM_ARRAY_TASK_COUNT")
+    # shellcheck disable=SC2153
+    first=$SLURM_ARRAY_TASK_MIN step=$SLURM_ARRAY_TASK_STEP count=$SLURM_ARRAY_TASK_COUNT
+    [ $(((SLURM_ARRAY_TASK_MAX - first) / step + 1)) = "$count" ] ||
+        fail "an array with gaps shares the work wrongly: submit the whole --array again, what is finished stays"
+    arguments+=(--share "$(((SLURM_ARRAY_TASK_ID - first) / step))/$count")
 fi
 attempts ranks tools/encode_latents.py "${arguments[@]}" "$@"

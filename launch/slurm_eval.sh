@@ -5,9 +5,11 @@
 #     sbatch launch/slurm_eval.sh
 #     DIFFUSSM_COUNT=10000 sbatch --nodes=2 launch/slurm_eval.sh --guidance 1.5
 #
-# DIFFUSSM_RUN is a run's folder, a checkpoint, or checkpoints in S3. DIFFUSSM_OUT is where the samples go (samples/ in
-# the run's folder). DIFFUSSM_REFERENCE is what they are compared with (what the run names). Options of sbatch stand
-# before the script, options of tools/sample.py after it. The rest is as in slurm_xl512.sh.
+# DIFFUSSM_RUN is a run's folder, a checkpoint, or checkpoints in S3. Of a run that is still training name a checkpoint:
+# a job that is queued again would begin anew with a newer one. DIFFUSSM_OUT is where the samples go: by default samples/
+# in the run's folder; beside anything else it must be given. DIFFUSSM_REFERENCE is what they are compared with (what the
+# run names). Options of sbatch stand before the script, options of tools/sample.py after it. The rest is as in
+# slurm_xl512.sh.
 #
 #SBATCH --job-name=diffussm-eval    # names the log, too
 #SBATCH --nodes=1                   # or as many as you like
@@ -29,10 +31,9 @@ cd "${DIFFUSSM_ROOT:-${SLURM_SUBMIT_DIR:-.}}"
 . launch/common.sh
 begin
 need DIFFUSSM_RUN "/shared/runs/xl512: the folder of a run, or s3://bucket/prefix of its checkpoints"
-case $DIFFUSSM_RUN in
-s3://*) need DIFFUSSM_OUT "/shared/samples/xl512: a folder for the samples, which every node sees" ;;
-*) [ -d "$DIFFUSSM_RUN" ] || fail "DIFFUSSM_RUN=$DIFFUSSM_RUN is no folder here: name a run, or checkpoints in S3" ;;
-esac
+if [ ! -f "$DIFFUSSM_RUN/config.yaml" ]; then # no run's folder
+    need DIFFUSSM_OUT "/shared/samples/xl512, a folder for the samples, which every node sees"
+fi
 out=${DIFFUSSM_OUT:-$DIFFUSSM_RUN/samples}
 scoring=("$out/samples.npz")
 [ -z "${DIFFUSSM_REFERENCE:-}" ] || scoring+=(--reference "$DIFFUSSM_REFERENCE")

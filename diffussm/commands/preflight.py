@@ -9,13 +9,14 @@ from typing import Any
 from diffussm.commands.common import Parser, emit_json
 from diffussm.config import parse
 from diffussm.errors import UserError
-from diffussm.training.cluster import identify
+from diffussm.training.cluster import identify, join_minutes
 from diffussm.training.engine import read_ds_config, split_batch
 from diffussm.training.preflight import Preflight, end
 from diffussm.training.preflight_measures import hangs
 from diffussm.training.preflight_verdict import Finding, Verdict
 
 GIB = 1 << 30
+TIMEOUT = 120
 
 
 def main() -> None:
@@ -25,7 +26,8 @@ def main() -> None:
     ds_config = read_ds_config(launch.deepspeed)
     identity = identify()
     split_batch(launch.config.train, identity.world_size)
-    verdict = Preflight(launch.config, ds_config, identity, arguments.timeout).run()
+    joining = arguments.timeout or 60 * join_minutes()
+    verdict = Preflight(launch.config, ds_config, identity, arguments.timeout or TIMEOUT, joining).run()
     if verdict:
         if arguments.json != "-":
             print_verdict(verdict)
@@ -45,12 +47,12 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "srun python tools/preflight.py --deepspeed ds_configs/zero2.json --config xl256 --run_dir runs/a",
     )
     parser.add_argument(
-        "--timeout", type=float, default=120, metavar="SECONDS", help="of each check, after which who gave no sign is "
-        "named (default: %(default)s)",
+        "--timeout", type=float, metavar="SECONDS", help="of each check, after which who gave no sign is named "
+        f"(default: {TIMEOUT}, and DIFFUSSM_JOIN_MINUTES, 10, for the ranks to come)",
     )  # fmt: skip
     parser.add_json_option()
     arguments, overrides = parser.parse_known_args()
-    if not 1 <= arguments.timeout <= 3600:
+    if arguments.timeout is not None and not 1 <= arguments.timeout <= 3600:
         parser.error(f"--timeout {arguments.timeout:g} must be in 1..3600 seconds")
     return arguments, overrides
 

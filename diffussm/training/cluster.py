@@ -235,8 +235,16 @@ def _interface_towards(host: str) -> str | None:
     return next(names, None)
 
 
+def join_minutes() -> float:
+    """How long ranks wait for each other at the start."""
+    return float(os.environ.get(JOIN_NAME, JOIN_MINUTES))
+
+
 def hosts_of_step() -> list[str]:
-    """The hosts of this SLURM step, or of its job, in their order; [] outside of SLURM, or where it does not say."""
+    """The hosts of this SLURM step, or of its job, in their order; [] outside of SLURM, or where it does not say.
+
+    In a container there may be no scontrol: launch/common.sh has asked before, for the job.
+    """
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         return []
@@ -244,7 +252,7 @@ def hosts_of_step() -> list[str]:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split()
     except (OSError, subprocess.SubprocessError):
-        return []
+        return os.environ.get("DIFFUSSM_HOSTS", "").split()
 
 
 @dataclass(frozen=True)
@@ -312,7 +320,7 @@ def connect(identity: Identity | None = None) -> Cluster:
         # Its own sums over shared memory are for inference alone, and take a compiler 100 s; a kill then leaves locks.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     network = choose_interface(identity)
-    minutes = float(os.environ.get(JOIN_NAME, JOIN_MINUTES))
+    minutes = join_minutes()
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=minutes))
         control = dist.new_group(backend="gloo", timeout=PATIENCE)

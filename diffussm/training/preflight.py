@@ -66,13 +66,22 @@ class Preflight:
         config: checked.
         ds_config: DeepSpeed's, from :func:`diffussm.training.engine.read_ds_config`.
         timeout: seconds of a phase.
+        joining: seconds of the first, in which ranks may still be starting; None: the same.
 
     Raises:
         UserError: there is no rank 0 to meet.
     """
 
-    def __init__(self, config: Config, ds_config: dict[str, Any], identity: Identity, timeout: float) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ds_config: dict[str, Any],
+        identity: Identity,
+        timeout: float,
+        joining: float | None = None,
+    ) -> None:
         self.config, self.ds_config, self.timeout = config, ds_config, timeout
+        self.joining = timeout if joining is None else joining
         self.rank, self.size, self.local_rank = identity.rank, identity.world_size, identity.local_rank
         self.node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # what sbatch --exclude calls it
         self.device, self._lacks = torch.device("cpu"), ""
@@ -111,14 +120,14 @@ class Preflight:
     def _meet(self, address: str, port: int) -> dist.Store:
         """The store, which torchrun keeps, or else rank 0. It does not wait for the ranks: they are to be counted."""
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        wait = timedelta(seconds=self.timeout)
+        wait = timedelta(seconds=self.joining)
         try:
             with self._patience():
                 keeps = self.rank == 0 and not kept
                 store = dist.TCPStore(address, port, None, keeps, wait, wait_for_workers=False)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"{self._here} cannot meet rank 0 at {address}:{port} within {self.timeout:g} s: {one_line(error)}"
+                f"{self._here} cannot meet rank 0 at {address}:{port} within {self.joining:g} s: {one_line(error)}"
             ) from error
         return dist.PrefixStore(f"preflight/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
@@ -126,7 +135,7 @@ class Preflight:
     def _patience(self) -> Iterator[None]:
         """End this process when it has waited too long for rank 0: in the store, too, it may hang."""
         error = f"{self._here} has waited in vain for rank 0, which gives no sign"
-        timer = threading.Timer(2 * (self.timeout + GRACE), end, [error])
+        timer = threading.Timer(2 * (max(self.timeout, self.joining) + GRACE), end, [error])
         timer.daemon = True
         timer.start()
         try:
@@ -151,7 +160,7 @@ class Preflight:
         self._send(f"{name}/{self.rank}", {"node": self.node} | within(work, self.timeout, self.device))
         if self.rank == 0:
             keys = [f"{name}/{rank}" for rank in range(self.size)]
-            self._await(keys, begun + self.timeout + GRACE)
+            self._await(keys, begun + (self.joining if name == "come" else self.timeout) + GRACE)
             came = [self._receive(key) if self._store.check([key]) else None for key in keys]
             self.reports[name] = came
             if name == "come" and None in came:
@@ -176,7 +185,7 @@ class Preflight:
             left = self._store.add("left", 0)
 
     def _judge(self) -> Verdict:
-        return judge(self.config, self.ds_config, self.reports, self._hosts, self.timeout)
+        return judge(self.config, self.ds_config, self.reports, self._hosts, self.timeout, self.joining)
 
     def _send(self, key: str, value: Any) -> None:
         self._store.set(key, json.dumps(value))

@@ -132,11 +132,29 @@ class Saver:
             "pieces": {record["name"]: record["pieces"] for record in records},
         }
         self._sign(self._own(), name)  # at each try: while a cut network failed the one before, another may have begun
-        self._store.put(f"{name}/{META}", text)
-        self._store.put(f"{name}/{MANIFEST}", (json.dumps(manifest) + "\n").encode())
+        self._create(f"{name}/{META}", text)
+        self._create(f"{name}/{MANIFEST}", (json.dumps(manifest) + "\n").encode())
+        self._own()
         self._store.put(LATEST, f"{name}\n".encode())
         if self._best and (found := checkpoint.best_of(self._up_to(name), self._best)):
             self._store.put(BEST, f"{found.name}\n".encode())
+
+    def look(self) -> None:
+        """Set ``lost`` if another process has taken over; trouble of the store says nothing. For rank 0's threads."""
+        with contextlib.suppress(OSError, UserError):
+            try:
+                self._own()
+            except Replaced as error:
+                self.lost = str(error)
+
+    def _create(self, name: str, content: bytes) -> None:
+        """Put an object where there is none. A process that was held up for long may find its successor's there, and
+        leaves that alone; else it is its own, of a try before, or one that its predecessor was late to write."""
+        try:
+            self._store.put(name, content, if_absent=True)
+        except FileExistsError:
+            self._own()
+            self._store.put(name, content)
 
     def tidy(self, name: str) -> None:
         """Remove checkpoints that are surplus now that ``name`` exists."""

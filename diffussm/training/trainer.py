@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -86,11 +87,6 @@ class Trainer:
             if train.ssm_backend == "auto":
                 micro_batch = ds_config["train_micro_batch_size_per_gpu"]
                 train.ssm_backend = self._choose_ssm_backend(found, micro_batch, precision)
-            if cluster.is_main:
-                for name in RECORDS:
-                    remove_temporaries_of(self.run / name)
-                write_atomically(self.run / "config.yaml", config.to_yaml())
-                write_json(self.run / "ds_config.json", ds_config)
             dog.beat("the model")
             self._build(ds_config, found)
             self.saver = Saver(
@@ -105,6 +101,11 @@ class Trainer:
                 ),
                 train.keep_best,
             )
+            if cluster.is_main:  # from here on the run is this process's
+                for name in RECORDS:
+                    remove_temporaries_of(self.run / name)
+                write_atomically(self.run / "config.yaml", config.to_yaml())
+                write_json(self.run / "ds_config.json", ds_config)
         self.record: dict[str, float] = found.meta["metrics"] if found else {}  # the last of the log
         self.meter = LossMeter(config.diffusion.steps, cluster.device)
         # an image costs its forward pass, and twice that for the backward; 2 FLOPs a MAC
@@ -289,6 +290,7 @@ class Trainer:
         values |= times | memory_figures(self.cluster.device) | {"skipped_steps": self.skipped.total}
         self.record = values
         if self.monitor:
+            threading.Thread(target=self.saver.look, name="look", daemon=True).start()
             self.monitor.scalars(self.images, values)
             self.monitor.report(
                 self.images,

@@ -97,3 +97,68 @@ def test_what_cannot_be_is_one_line(cluster, plain_environment, tmp_path, settin
         text for text in (tmp_path / f"diffussm-xl512-{job}.out").read_text().splitlines() if text.startswith("error:")
     ]
     assert line in told
+
+
+def test_one_job_of_an_array_is_queued_again_without_the_others(cluster, plain_environment, tmp_path) -> None:
+    """The last of an array has the array's own number, by which SLURM would take them all."""
+    script, rank = tmp_path / "job.sh", tmp_path / "rank.sh"
+    script.write_text(f'#!/bin/bash\nset -eu\ncd "$DIFFUSSM_ROOT"\n. launch/common.sh\nbegin\nattempts ranks {rank}\n')
+    rank.write_text(
+        f"trap 'exit 75' USR1\n[ ${{SLURM_RESTART_COUNT:-0}} = 0 ] || exit 0\ntouch {tmp_path}/$SLURM_ARRAY_TASK_ID\n"
+        f"for ((i = 0; i < 300; i++)); do [ ! -e {tmp_path}/end ] || exit 0; sleep 0.1; done; exit 1\n"
+    )
+    environment = plain_environment | {"DIFFUSSM_PYTHON": "bash"}
+    options = ["--array=0-1", "--mem=100M", "--requeue", "--output=%x-%j.out", "--open-mode=append"]
+    array = cluster.submit(script, *options, cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 20
+    while not all((tmp_path / task).exists() for task in ("0", "1")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (last,) = [task for task in ("0", "1") if cluster.job(f"{array}_{task}")["JobId"] == array]
+    cluster.on("ctl", "scancel", "--signal=USR1", "--batch", f"{array}_{last}")
+    while cluster.job(f"{array}_{last}")["Restarts"] == "0":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (tmp_path / "end").touch()
+    other = cluster.wait_ended(f"{array}_{1 - int(last)}", 20)
+    assert (other["JobState"], other["Restarts"]) == ("COMPLETED", "0")
+    ended = cluster.wait_ended(f"{array}_{last}", 60)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+
+
+def test_an_array_with_gaps_is_refused(cluster, plain_environment, tmp_path) -> None:
+    settings = {"DIFFUSSM_INPUT": "images", "DIFFUSSM_OUT": str(tmp_path)}
+    job = cluster.submit(LAUNCH / "slurm_encode.sh", "--array=3,7,9", cwd=tmp_path, env=plain_environment | settings)
+    for number in cluster.jobs_of(job):
+        assert cluster.wait_ended(number, 20)["ExitCode"] == "2:0"
+    logs = [path.read_text() for path in tmp_path.glob("*.out")]
+    assert len(logs) == 3 and all("error: an array with gaps" in log for log in logs)
+
+
+def test_ranks_start_in_a_container_where_one_is_named(cluster, plain_environment, tmp_path) -> None:
+    """With a stand-in for srun: this SLURM has no pyxis."""
+    srun, setup = tmp_path / "bin/srun", tmp_path / "setup.sh"
+    srun.parent.mkdir()
+    srun.write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$@" "$SRUN_CPUS_PER_TASK" "$DIFFUSSM_HOSTS" >>{tmp_path}/arguments\n'
+    )
+    srun.chmod(0o755)
+    setup.write_text(f'export PATH={srun.parent}:"$PATH" UNSET="$NEVER_SET"\n')
+    settings = {
+        "DIFFUSSM_DATA": "s3://bucket/data", "DIFFUSSM_RUN": str(tmp_path / "run"), "DIFFUSSM_SETUP": str(setup),
+        "DIFFUSSM_CONTAINER": "/images/a.sqsh", "DIFFUSSM_MOUNTS": "/data:/data", "DIFFUSSM_SRUN": "--mpi=none --quiet",
+        "DIFFUSSM_ZERO": "3_offload", "DIFFUSSM_CACHE": "/local", "DIFFUSSM_CHECKPOINTS": "s3://bucket/run",
+    }  # fmt: skip
+    environment = {name: value for name, value in plain_environment.items() if name != "DIFFUSSM_PYTHON"} | settings
+    size = ["--nodes=2", "--ntasks-per-node=8", "--cpus-per-task=4"]
+    script = LAUNCH / "slurm_xl256.sh"
+    job = cluster.submit(script, *size, arguments=["--train.lr", "2e-4"], cwd=tmp_path, env=environment)
+    assert cluster.wait_ended(job, 20)["JobState"] == "COMPLETED"
+    mounts = f"{runs.ROOT}:{runs.ROOT},{tmp_path}/run:{tmp_path}/run,/data:/data"
+    options = ["--label", "--kill-on-bad-exit=1", "--container-image=/images/a.sqsh"]
+    options += [f"--container-workdir={runs.ROOT}", f"--container-mounts={mounts}", "--mpi=none", "--quiet", "python3"]
+    training = ["--deepspeed", "ds_configs/zero3_offload.json", "--config", "xl256", "--data.path", "s3://bucket/data"]
+    training += ["--run_dir", f"{tmp_path}/run", "--train.checkpoints", "s3://bucket/run", "--data.cache", "/local"]
+    training += ["--train.lr", "2e-4", "4", "n1", "n2"]
+    expected = [*options, "tools/preflight.py", *training, *options, "diffussm/train.py", *training]
+    assert (tmp_path / "arguments").read_text().split("\n")[:-1] == expected

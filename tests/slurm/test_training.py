@@ -88,10 +88,11 @@ def submit(cluster: Cluster, plain_environment, shades: Path, tmp_path: Path):
 
 
 def test_asked_to_stop_it_queues_itself_and_goes_on_bit_for_bit(cluster: Cluster, submit, whole) -> None:
-    """By USR1 to the batch shell, as --signal=B:USR1@300 sends it."""
+    """By USR1 to the batch shell, as --signal=B:USR1@300 sends it; twice, as a user and the limit may."""
     job = submit(*TWO)
     job.wait_seen(240)
-    cluster.on("ctl", "scancel", "--signal=USR1", "--batch", job.number)
+    for _ in range(2):
+        cluster.on("ctl", "scancel", "--signal=USR1", "--batch", job.number)
     ended = job.complete()
     assert (ended["Restarts"], ended["ExitCode"]) == ("1", "0:0")
     assert curve(job.run) == whole
