@@ -3,12 +3,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import runs
 from slurm.cluster import Cluster, missing
 
 NODES = 8
+LONG = {
+    "train__total_images": 960,
+    "train__micro_batch": 4,
+    "train__decay_images": 0,
+    "train__checkpoint_images": 160,
+}
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +41,12 @@ def plain_environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     python = {"DIFFUSSM_PYTHON": sys.executable, "DIFFUSSM_ROOT": str(runs.ROOT), "OMP_NUM_THREADS": "1"}
     return kept | python
+
+
+@pytest.fixture(scope="session")
+def whole(shades: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two ranks that nothing happens to, without SLURM. Not to be changed."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    done = runs.run(runs.command("torchrun", 2, runs.arguments(shades, run, **LONG)))
+    assert done.returncode == 0, done.stderr
+    return run

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import runs
 from slurm.cluster import Cluster
+from slurm.conftest import LONG
 
 from diffussm.data.store import open_store
 from diffussm.training import checkpoint
@@ -21,12 +22,6 @@ pytestmark = pytest.mark.slurm
 
 SCRIPT = runs.ROOT / "launch/slurm_xl512.sh"
 EXACT = ("images", "loss/total", "loss/mse", "loss/vlb", "grad_norm", "lr/dense", "lr/ssm")
-LONG = {
-    "train__total_images": 960,
-    "train__micro_batch": 4,
-    "train__decay_images": 0,
-    "train__checkpoint_images": 160,
-}
 ENDLESS = LONG | {"train__total_images": 10**6}
 SMALL = ["--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=6", "--mem=1G", "--time=10"]
 TWO = ["--nodes=2", *SMALL]
@@ -38,15 +33,6 @@ def seen(run: Path) -> int:
 
 def curve(run: Path) -> list[tuple]:
     return [tuple(record[key] for key in EXACT) for record in log_of(run)]
-
-
-@pytest.fixture(scope="module")
-def whole(shades: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
-    """The curve of two ranks that nothing happens to, without SLURM."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    done = runs.run(runs.command("torchrun", 2, runs.arguments(shades, run, **LONG)))
-    assert done.returncode == 0, done.stderr
-    return curve(run)
 
 
 class Job:
@@ -87,17 +73,24 @@ def submit(cluster: Cluster, plain_environment, shades: Path, tmp_path: Path):
     return submit
 
 
-def test_asked_to_stop_it_queues_itself_and_goes_on_bit_for_bit(cluster: Cluster, submit, whole) -> None:
-    """By USR1 to the batch shell, as --signal=B:USR1@300 sends it; twice, as a user and the limit may."""
+def test_asked_to_stop_it_queues_itself_and_goes_on_bit_for_bit(cluster: Cluster, submit, whole: Path) -> None:
+    """By USR1 to the batch shell, as --signal=B:USR1@300 sends it; twice, as a user and the limit may. Later a rank
+    dies, and all start again on the same nodes.
+    """
     job = submit(*TWO)
     job.wait_seen(240)
     for _ in range(2):
         cluster.on("ctl", "scancel", "--signal=USR1", "--batch", job.number)
+    job.wait(lambda: "going on at " in job.log)
+    assert job.log.count("stopped at ") == 1 and "stopped by USR1 with exit code 75: queued again" in job.log
+    assert f"job {job.number}, attempt 2: 2 nodes" in job.log
+    job.wait_seen(seen(job.run) + 80)
+    host = cluster.on("ctl", "scontrol", "show", "hostnames", cluster.job(job.number)["NodeList"]).split()[1]
+    ranks(cluster, host)[0].kill()
     ended = job.complete()
     assert (ended["Restarts"], ended["ExitCode"]) == ("1", "0:0")
-    assert curve(job.run) == whole
-    assert job.log.count("stopped at ") == 1 and "stopped by USR1 with exit code 75: queued again" in job.log
-    assert f"job {job.number}, attempt 2: 2 nodes" in job.log and "going on at " in job.log
+    assert re.search(r"failed with exit code 1\d\d: trying again on the same nodes \(1 of 3\)", job.log), job.log
+    assert curve(job.run) == curve(whole)
 
 
 def test_slurms_own_signal_before_the_limit_queues_it_again(cluster: Cluster, submit) -> None:
@@ -117,16 +110,6 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(cluster: Cluster, submit)
     assert cluster.job(job.number)["Restarts"] == "0"
 
 
-def test_a_rank_that_dies_is_started_again_on_the_same_nodes(cluster: Cluster, submit, whole) -> None:
-    job = submit(*TWO)
-    job.wait_seen(240)
-    ranks(cluster, "n2")[0].kill()
-    ended = job.complete()
-    assert ended["Restarts"] == "0"
-    assert re.search(r"failed with exit code 1\d\d: trying again on the same nodes \(1 of 3\)", job.log), job.log
-    assert curve(job.run) == whole
-
-
 def test_a_node_that_loses_power_is_replaced(cluster: Cluster, submit, whole) -> None:
     job = submit(*TWO)
     job.wait_seen(240)
@@ -135,7 +118,7 @@ def test_a_node_that_loses_power_is_replaced(cluster: Cluster, submit, whole) ->
     ended = job.complete()
     assert ended["Restarts"] == "1"
     assert "n2" not in cluster.on("ctl", "scontrol", "show", "hostnames", ended["NodeList"]).split()
-    assert curve(job.run) == whole
+    assert curve(job.run) == curve(whole)
 
 
 def test_ranks_that_were_cut_off_write_no_more(cluster: Cluster, submit, whole) -> None:
@@ -154,7 +137,7 @@ def test_ranks_that_were_cut_off_write_no_more(cluster: Cluster, submit, whole) 
     assert job.complete()["Restarts"] == "1"
     job.wait(lambda: "error: another process has begun to save into" in job.log)
     assert "trying again" not in job.log
-    assert curve(job.run) == whole
+    assert curve(job.run) == curve(whole)
     _, gone = psutil.wait_procs(old, timeout=30)
     assert not gone
     for found in checkpoint.complete(open_store(job.run / "checkpoints")):

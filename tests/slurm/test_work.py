@@ -71,9 +71,9 @@ def test_encoding(cluster: Cluster, plain_environment, images: Path, encoded, tm
 
 
 def test_samples_by_two_nodes_and_their_scores(
-    cluster: Cluster, plain_environment, trained: Path, shades, tmp_path
+    cluster: Cluster, plain_environment, whole: Path, shades, tmp_path
 ) -> None:
-    settings = {"DIFFUSSM_RUN": str(trained), "DIFFUSSM_OUT": str(tmp_path / "samples"), "DIFFUSSM_COUNT": "40"}
+    settings = {"DIFFUSSM_RUN": str(whole), "DIFFUSSM_OUT": str(tmp_path / "samples"), "DIFFUSSM_COUNT": "40"}
     settings["DIFFUSSM_REFERENCE"] = str(shades / "test")
     environment = plain_environment | settings
     job = cluster.submit(LAUNCH / "slurm_eval.sh", "--nodes=2", *ONE, cwd=tmp_path, env=environment)
@@ -85,18 +85,16 @@ def test_samples_by_two_nodes_and_their_scores(
     assert "features of efficientnet-lite0, against" in log and "40 images of " in log
 
 
-def test_nodes_are_checked_before_they_train(
-    cluster: Cluster, plain_environment, write_config, shades, tmp_path
-) -> None:
+def test_nodes_are_checked_before_they_train(cluster: Cluster, plain_environment, shades, tmp_path) -> None:
     """One has its checkpoints elsewhere: it is named, and the job ends before it trains."""
     settings = {"DIFFUSSM_DATA": str(shades / "train"), "DIFFUSSM_RUN": str(tmp_path / "run")}
-    config = runs.write_config(tmp_path / "tiny.yaml", shades, train__global_batch=12)
+    config = runs.write_config(tmp_path / "tiny.yaml", shades)
     environment = plain_environment | settings | {"DIFFUSSM_CONFIG": str(config)}
     (tmp_path / "run").mkdir()
     cluster.on("n2", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "run"))
     try:
         script = LAUNCH / "slurm_xl512.sh"
-        job = cluster.submit(script, "--nodes=3", *ONE, cwd=tmp_path, env=environment)
+        job = cluster.submit(script, "--nodes=2", *ONE, cwd=tmp_path, env=environment)
         ended = cluster.wait_ended(job, 120)
     finally:
         cluster.on("n2", "umount", str(tmp_path / "run"))
@@ -105,7 +103,7 @@ def test_nodes_are_checked_before_they_train(
     (line,) = [line for line in log.splitlines() if "error: preflight" in line]
     assert "n2: " in line and "another file system" in line and line.endswith("leave it out: sbatch --exclude=n2")
     assert not (tmp_path / "run/config.yaml").exists()
-    job = cluster.submit(script, "--nodes=3", "--exclude=n2", *ONE, cwd=tmp_path, env=environment)
+    job = cluster.submit(script, "--nodes=2", "--exclude=n2", *ONE, cwd=tmp_path, env=environment)
     assert cluster.wait_ended(job, 120)["JobState"] == "COMPLETED"
     log = (tmp_path / f"diffussm-xl512-{job}.out").read_text()
-    assert "all-reduce  of 3 ranks: exact" in log and "96 of 96 images" in log
+    assert "all-reduce  of 2 ranks: exact" in log and "96 of 96 images" in log
