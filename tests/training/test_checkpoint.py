@@ -273,6 +273,54 @@ def test_what_a_replaced_process_still_writes_is_in_no_checkpoint(store, cluster
     }
 
 
+class Delayed(LocalStore):
+    """A folder where the first writing of an object whose name ends in ``end`` takes as long as ``meanwhile`` does."""
+
+    end, meanwhile = "nothing", staticmethod(lambda: None)
+
+    def put(self, name, *arguments, **keywords):
+        if name.endswith(self.end):
+            self.end = "nothing"
+            self.meanwhile()
+        return super().put(name, *arguments, **keywords)
+
+
+@pytest.mark.parametrize("end", ["safetensors", "meta.json", "manifest.json", "latest"])
+def test_a_write_that_arrives_when_another_has_published_destroys_nothing(tmp_path, cluster, end):
+    """The network was cut in the middle of a save, and meanwhile the job has gone on elsewhere, past that checkpoint."""
+    store, healthy = Delayed(tmp_path), LocalStore(tmp_path)
+    first = make_saver(store, cluster, keep=3)
+    save(store, cluster, 1, make=first)
+    others = []
+
+    def go_on() -> None:
+        second = make_saver(healthy, cluster, keep=3)
+        save(healthy, cluster, 2, 3, make=second)
+        others.append({found.name: found.manifest for found in checkpoint.complete(healthy)})
+
+    store.end, store.meanwhile = end, go_on
+    with pytest.raises(UserError, match="another process has begun to save"):
+        save(store, cluster, 2, make=first)
+        save(store, cluster, 4, make=first)  # where the first save had only its pointer left to write
+    assert {found.name: found.manifest for found in checkpoint.complete(healthy)} == others[0]
+    for found in checkpoint.complete(healthy):
+        found.verify()
+    assert names(healthy) == [name(1), name(2), name(3)] and first.lost
+
+
+def test_who_was_replaced_learns_it_without_a_save(store, cluster, monkeypatch):
+    first = make_saver(store, cluster)
+    first.look()
+    assert first.lost == ""
+    with monkeypatch.context() as trouble:
+        trouble.setattr(LocalStore, "read", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        first.look()
+    assert first.lost == ""  # trouble tells nothing
+    make_saver(store, cluster)
+    first.look()
+    assert "another process has begun to save" in first.lost
+
+
 class Flaky(LocalStore):
     """A folder where changes of objects whose names have ``part`` in them fail as often as told."""
 
