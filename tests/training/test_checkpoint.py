@@ -287,7 +287,7 @@ class Delayed(LocalStore):
 
 @pytest.mark.parametrize("end", ["safetensors", "meta.json", "manifest.json", "latest"])
 def test_a_write_that_arrives_when_another_has_published_destroys_nothing(tmp_path, cluster, end):
-    """The network was cut in the middle of a save, and meanwhile the job has gone on elsewhere, past that checkpoint."""
+    """The network was cut in the middle of a save, and meanwhile the job has gone on elsewhere, past that save."""
     store, healthy = Delayed(tmp_path), LocalStore(tmp_path)
     first = make_saver(store, cluster, keep=3)
     save(store, cluster, 1, make=first)
