@@ -37,7 +37,7 @@ def main() -> None:
     if floor:
         sets.insert(0, (f"real {Path(floor).name} (floor)", read_images(floor, len(images))))
     real = read_reference(reference, arguments.max_reference)
-    extractor = make_extractor(arguments.extractor)
+    extractor = make_extractor(arguments.extractor, arguments.inception_weights)
     prepared = prepare_reference(real, extractor)
     report = {
         "extractor": extractor.name,
@@ -63,7 +63,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--reference", metavar="REAL", help="real images (default: those that the run names)")
     parser.add_argument("--floor", metavar="REAL", help="real images to score like samples (default: likewise)")
     parser.add_argument("--against", **named, help="further samples to score beside them; may be repeated")
-    parser.add_argument("--extractor", default="efficientnet-lite0", choices=EXTRACTORS, help="(default: %(default)s)")
+    extractor = "(default: efficientnet-lite0, or inception-2015 if its weights are given)"
+    parser.add_argument("--extractor", choices=EXTRACTORS, help=extractor)
+    weights = "pytorch-fid's pt_inception-2015-12-05-6726825d.pth (default: downloaded once, to ~/.cache/diffussm)"
+    parser.add_argument("--inception-weights", metavar="FILE", help=weights)
     parser.add_argument("--max-reference", type=int, default=10_000, metavar="N", help="at most (default: %(default)s)")
     parser.add_json_option()
     arguments = parser.parse_args()

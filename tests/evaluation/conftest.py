@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffussm.evaluation.extractors import EfficientNetLite0, Features, make_extractor
+from diffussm.evaluation.efficientnet import EfficientNetLite0
+from diffussm.evaluation.extractors import make_extractor
+from diffussm.evaluation.features import Features
 
 
 class BlockMeans:

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from diffussm.errors import UserError
-from diffussm.evaluation.extractors import EfficientNetLite0, extract, make_extractor
+from diffussm.evaluation.efficientnet import EfficientNetLite0
+from diffussm.evaluation.extractors import make_extractor
+from diffussm.evaluation.features import extract
 
 pytestmark = pytest.mark.unit
 
@@ -69,7 +71,7 @@ def test_extract_joins_the_batches_in_order(images: np.ndarray, block_means) -> 
 
 
 def test_unknown_extractor() -> None:
-    with pytest.raises(UserError, match="'inception': this version has efficientnet-lite0"):
+    with pytest.raises(UserError, match="'inception': this version has efficientnet-lite0, inception-2015"):
         make_extractor("inception")
 
 

@@ -11,7 +11,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from diffussm.errors import UserError
-from diffussm.evaluation.extractors import EfficientNetLite0
+from diffussm.evaluation.efficientnet import EfficientNetLite0
 from diffussm.evaluation.frechet import Moments
 from diffussm.evaluation.images import ReferenceStatistics
 from diffussm.evaluation.score import prepare_reference, score
@@ -58,10 +58,10 @@ def test_without_reference_images_there_is_no_precision(images: np.ndarray, bloc
     assert figures["FID (block-means)"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("size", "owner"), [(2048, "the 2015 Inception graph"), (17, "another one")])
-def test_statistics_of_another_extractor(size: int, owner: str, images: np.ndarray, block_means) -> None:
-    statistics = statistics_of(images, block_means, mean=torch.zeros(size), covariance=torch.eye(size))
-    with pytest.raises(UserError, match=f"reference.npz holds statistics of {size} and 4.*block-means.*{owner}"):
+@pytest.mark.parametrize(("size", "spatial", "owner"), [(2048, 2023, "--extractor inception-2015"), (17, 4, "another")])
+def test_statistics_of_another_extractor(size: int, spatial: int, owner: str, images: np.ndarray, block_means) -> None:
+    statistics = statistics_of(images, block_means, mean=torch.zeros(size), spatial_mean=torch.zeros(spatial))
+    with pytest.raises(UserError, match=f"holds statistics of {size} and {spatial} .*block-means.*{owner}"):
         prepare_reference(statistics, block_means)
 
 
