@@ -29,9 +29,11 @@ def textbook(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(sigma_a + sigma_b - 2 * root.real))
 
 
-@pytest.mark.parametrize(("count_a", "count_b"), [(500, 400), (33, 500), (500, 64), (65, 65)])
-def test_agrees_with_the_matrix_square_root(count_a: int, count_b: int) -> None:
-    a, b = draw(count_a, 64, seed=1), draw(count_b, 64, seed=2)
+@pytest.mark.parametrize(
+    ("count_a", "count_b", "size"), [(500, 400, 64), (33, 500, 64), (500, 64, 64), (65, 65, 64), (900, 700, 256)]
+)
+def test_agrees_with_the_matrix_square_root(count_a: int, count_b: int, size: int) -> None:
+    a, b = draw(count_a, size, seed=1), draw(count_b, size, seed=2)
     distance = frechet_distance(Gaussian.of_samples(a), Gaussian.of_samples(b))
     assert distance == pytest.approx(textbook(a, b), rel=1e-6)
 

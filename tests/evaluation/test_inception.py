@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffussm.commands.eval_fid import main
 from diffussm.errors import UserError
 from diffussm.evaluation import inception as module
 from diffussm.evaluation.extractors import make_extractor
@@ -140,6 +142,35 @@ def test_resizing_keeps_the_corner_at_the_top_left() -> None:
     assert resize(torch.arange(3.0).reshape(1, 3, 1, 1) ** 2, 2)[0, :, 0, 0].tolist() == [0, 2.5]
 
 
+def test_the_command_scores_by_a_published_reference_file(
+    weights: dict[str, Tensor],
+    network: Inception2015,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(weights, "weights.pth")
+    monkeypatch.setattr(module, "WEIGHTS_SHA256", sha256_of("weights.pth")[:8])
+    samples = np.concatenate([edges(), 255 - edges(), edges()[:, ::-1]])
+    np.savez("samples.npz", samples)
+    moments = {"mu": np.ones(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": 4 * np.eye(2023)}
+    np.savez("reference.npz", edges()[:, :, ::-1].repeat(2, axis=0), **moments)
+    command = "eval_fid samples.npz --reference reference.npz --inception-weights weights.pth --json report.json"
+    monkeypatch.setattr(sys, "argv", command.split())
+    main()
+    report = json.loads(Path("report.json").read_text())
+    assert report["extractor"] == "inception-2015"
+    features = network(samples)
+    row = report["rows"][0]
+    for metric, values, mean, scale in (("FID", features.pool, 1, 1), ("sFID", features.spatial, 0, 2)):
+        # The reference's covariance is scale² times the identity, so that the root of the product is scale times Σ^½.
+        values = values.double().numpy()
+        stds = np.linalg.svd(values - values.mean(0), compute_uv=False) / math.sqrt(len(values) - 1)
+        expected = ((values.mean(0) - mean) ** 2).sum() + (stds**2).sum() + scale**2 * values.shape[1]
+        assert row[f"{metric} (inception-2015)"] == pytest.approx(expected - 2 * scale * stds.sum(), rel=1e-6)
+    assert row["images"] == 6 and row["IS (inception-2015)"] > 1 and row["recall (inception-2015)"] is not None
+
+
 @pytest.fixture
 def weights_file(tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that counts as the published one, at the address of the published one; and an empty cache."""
@@ -177,6 +208,11 @@ def test_other_weights_are_refused(weights_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^file:.*weights.pth does not hold the weights"):
         make_extractor("inception-2015")
     assert list((tmp_path / "cache/diffussm").iterdir()) == []
+
+
+def test_weights_of_another_extractor(weights_file: Path) -> None:
+    with pytest.raises(UserError, match="--inception-weights are not those of the extractor efficientnet-lite0"):
+        make_extractor("efficientnet-lite0", weights_file)
 
 
 def test_without_a_network(weights_file: Path) -> None:

@@ -39,6 +39,20 @@ def test_agrees_with_the_definition(block_elements: int, monkeypatch: pytest.Mon
     assert found == pytest.approx(expected, abs=1e-12)
 
 
+def test_features_far_from_the_origin_lose_nothing_to_rounding() -> None:
+    generator = np.random.default_rng(1)
+    reference, samples = generator.normal(40, 1, (120, 24)), generator.normal(40.2, 1, (90, 24))
+    expected = by_definition(reference, samples)
+    assert 0.1 < min(expected) < max(expected) < 0.9
+    assert precision_recall(torch.tensor(reference).float(), torch.tensor(samples).float()) == pytest.approx(expected)
+
+
+def test_memory_does_not_grow_with_the_sets() -> None:
+    points = torch.zeros(50_000, 1)
+    _, distances = next(module._squared_distances(points, points[:10_000]))
+    assert module.BLOCK_ELEMENTS / 2 < distances.numel() <= module.BLOCK_ELEMENTS
+
+
 def test_identical_sets() -> None:
     features = torch.randn(60, 32, generator=torch.Generator().manual_seed(0)) + 40
     assert precision_recall(features, features.clone()) == (1, 1)
