@@ -63,8 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--reference", metavar="REAL", help="real images (default: those that the run names)")
     parser.add_argument("--floor", metavar="REAL", help="real images to score like samples (default: likewise)")
     parser.add_argument("--against", **named, help="further samples to score beside them; may be repeated")
-    extractor = "(default: efficientnet-lite0, or inception-2015 if its weights are given)"
-    parser.add_argument("--extractor", choices=EXTRACTORS, help=extractor)
+    parser.add_argument("--extractor", choices=EXTRACTORS, help="(default: the first, or what the weights are of)")
     weights = "pytorch-fid's pt_inception-2015-12-05-6726825d.pth (default: downloaded once, to ~/.cache/diffussm)"
     parser.add_argument("--inception-weights", metavar="FILE", help=weights)
     parser.add_argument("--max-reference", type=int, default=10_000, metavar="N", help="at most (default: %(default)s)")
