@@ -119,8 +119,8 @@ def resize(images: Tensor, size: int) -> Tensor:
     """Float32 images [N, H, W, C] to [N, size, size, C] as TensorFlow 1's ``resize_bilinear`` does by default.
 
     Output pixel i lies at i · in / out: the corners at the top left coincide, not the pixels' centres. It takes the two
-    pixels beside it in each direction, so that shrinking leaves some out. In float32 and in TensorFlow's order, so that
-    the result is the same to the last bit.
+    pixels beside it in each direction, so that shrinking leaves some out. In float32 and in TensorFlow's order, columns
+    first, as the last bits depend on it.
     """
     for axis in (2, 1):
         length = images.shape[axis]
