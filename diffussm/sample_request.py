@@ -26,7 +26,8 @@ RUNS = "runs/*/checkpoints/latest"
 class Request:
     """Images to draw. Image i is a function of (seed, i), its label, the weights and the settings.
 
-    Its last bits may depend on the batch that it is in, whose size changes the order of the model's sums.
+    Its latents have the same bits in any batch on a CPU in fp32; on a GPU they may differ by a rounding between sizes
+    of the batch, not between numbers of processes.
 
     Attributes:
         checkpoint: whose model draws.

@@ -54,7 +54,7 @@ def draw(
     Raises:
         UserError: the checkpoint has no such weights, or another process is lost.
     """
-    model = request.model().to(device)
+    model = request.model().to(device).freeze()
     parts = Parts(out / PARTS, title, request.count, {**request.description(), "device": device.type})
     kept = from_first(workers, f"{title}: kept", parts.prepare)
     began = time.perf_counter()
