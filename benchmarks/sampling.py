@@ -4,7 +4,7 @@
     python -m benchmarks.sampling --quick          a batch of 1
 
 The network has XL's width and 2 of its 29 blocks, at 256 px (L 1024), and is sampled from as `tools/sample.py` does, by
-`generate`: DDIM, without guidance, on all threads.
+`generate`: DDIM, without guidance and with it.
 
 nothing kept      the same weights, with the kernel of every state space layer generated anew, and the mix multiplied
                   into W_down or applied, in each call
