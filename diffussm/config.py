@@ -65,13 +65,13 @@ class SampleConfig:
     """How the pictures that training draws, and by default `tools/sample.py`, are made.
 
     Attributes:
-        sampler: ddim or ancestral.
+        sampler: ancestral, ddim or dpm++, which is DPM-Solver++ 2M.
         steps: of the respaced schedule.
         guidance: scale of classifier-free guidance; 1 is none.
         grid: images of a training grid, spread over the classes.
     """
 
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    sampler: Literal["ancestral", "ddim", "dpm++"] = "ancestral"
     steps: int = 250
     guidance: float = 1.0
     grid: int = 16

@@ -6,8 +6,9 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 
@@ -19,6 +20,7 @@ from diffussm.models.diffussm import DiffuSSM
 from diffussm.training import checkpoint
 from diffussm.training.checkpoint import MANIFEST, META, Checkpoint, name_of
 
+RANDOM = "random"  # of --classes: a class at random for each image
 RUNS = "runs/*/checkpoints/latest"
 
 
@@ -26,13 +28,16 @@ RUNS = "runs/*/checkpoints/latest"
 class Request:
     """Images to draw. Image i is a function of (seed, i), its label, the weights and the settings.
 
-    Its last bits may depend on the batch that it is in, whose size changes the order of the model's sums.
+    Its latents have the same bits in any batch on a CPU in fp32; on a GPU they may differ by a rounding between sizes
+    of the batch, not between numbers of processes.
 
     Attributes:
         checkpoint: whose model draws.
         weights: their kind; None: those that the run began with.
         settings: sampler, steps and guidance.
-        classes: ids, drawn in turns; none for an unconditional model.
+        classes: ids, which take turns; none for an unconditional model.
+        random_classes: each image's class is one of them at random, by the seed and the image's number.
+        precision: of the network: fp32, or bf16 by autocast. The sampler's own arithmetic is fp32.
         count: images.
         batch: images at once.
         seed: of the noise.
@@ -50,6 +55,8 @@ class Request:
     batch: int
     seed: int
     guidance_channels: int | None = None
+    random_classes: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         steps, channels = self.checkpoint.meta["config"]["diffusion"]["steps"], self.checkpoint.meta["channels"]
@@ -60,7 +67,12 @@ class Request:
 
     def labels(self, indices: range) -> list[int] | None:
         """Of images by their numbers; None for an unconditional model."""
-        return [self.classes[i % len(self.classes)] for i in indices] if self.classes else None
+        if not self.classes:
+            return None
+        picks = range(self.count)
+        if self.random_classes:
+            picks = np.random.default_rng(self.seed).integers(len(self.classes), size=self.count)
+        return [self.classes[picks[i] % len(self.classes)] for i in indices]
 
     def model(self) -> DiffuSSM:
         """The network, on the CPU, in eval mode. UserError where the checkpoint has no such weights."""
@@ -119,11 +131,15 @@ def samples_folder(source: str | None, found: Checkpoint) -> Path:
 
 
 def chosen_classes(text: str | None, names: list[str]) -> list[int]:
-    """Ids of the classes asked for, as ids or names; of all if ``text`` is None. UserError for one that is none."""
-    if text is None:
-        return list(range(len(names)))
-    if not names:
+    """Ids of the classes asked for, as ids or names; of all if ``text`` is None or RANDOM.
+
+    Raises:
+        UserError: for one that is none.
+    """
+    if text is not None and not names:
         raise UserError("--classes: the model is unconditional, it has none")
+    if text in (None, RANDOM):
+        return list(range(len(names)))
     chosen = []
     for item in text.split(","):
         if item.strip() in names:

@@ -54,7 +54,7 @@ def draw(
     Raises:
         UserError: the checkpoint has no such weights, or another process is lost.
     """
-    model = request.model().to(device)
+    model = request.model().to(device).freeze()
     parts = Parts(out / PARTS, title, request.count, {**request.description(), "device": device.type})
     kept = from_first(workers, f"{title}: kept", parts.prepare)
     began = time.perf_counter()
@@ -98,21 +98,22 @@ def _draw_batch(request: Request, model: nn.Module, codec: Codec, progress: Prog
             yield step
             progress.add_steps(len(indices))
 
-    meta, settings = request.checkpoint.meta, request.settings
-    latents = generate(
-        model,
-        Schedule.linear(meta["config"]["diffusion"]["steps"]).respace(settings.steps),
-        meta["latent_shape"],
-        indices,
-        request.labels(indices),
-        num_classes=meta["num_classes"],
-        sampler=settings.sampler,
-        guidance=settings.guidance,
-        guidance_channels=request.guidance_channels,
-        seed=request.seed,
-        device=next(model.parameters()).device,
-        progress=count_steps,
-    )
+    meta, settings, device = request.checkpoint.meta, request.settings, next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=request.precision == "bf16"):
+        latents = generate(
+            model,
+            Schedule.linear(meta["config"]["diffusion"]["steps"]).respace(settings.steps),
+            meta["latent_shape"],
+            indices,
+            request.labels(indices),
+            num_classes=meta["num_classes"],
+            sampler=settings.sampler,
+            guidance=settings.guidance,
+            guidance_channels=request.guidance_channels,
+            seed=request.seed,
+            device=device,
+            progress=count_steps,
+        )
     return codec.decode(latents)
 
 
@@ -126,16 +127,23 @@ def publish(sets: dict[str, Parts], request: Request, out: Path, record: dict[st
     labels = request.labels(range(request.count))
     for title, parts in sets.items():
         parts.merge(out / f"{title}.npz", labels)
-    save_png(out / "grid.png", class_rows(sets["samples"], labels, request.classes))
+    save_png(out / "grid.png", class_rows(sets["samples"], labels, shown_classes(request)))
     write_json(out / "samples.json", record)
     shutil.rmtree(out / PARTS)
 
 
+def shown_classes(request: Request) -> list[int]:
+    """Those that have a row in grid.png: the first that have images."""
+    drawn = set(request.labels(range(request.count)) or ())
+    return [c for c in request.classes if c in drawn][:GRID_CLASSES]
+
+
 def class_rows(parts: Parts, labels: list[int] | None, classes: list[int]) -> np.ndarray:
-    """A picture with a row for each class, in the classes' order; without classes, rows of 8."""
+    """A picture with a row for each of ``classes``, which all have images; without labels, rows of 8."""
     columns, indices = 8, np.arange(min(parts.count, GRID_UNCONDITIONAL))
     if labels is not None:
-        columns = min(GRID_PER_CLASS, parts.count // len(classes)) or 1
-        indices = np.concatenate([np.flatnonzero(np.array(labels) == c)[:columns] for c in classes[:GRID_CLASSES]])
+        of_class = [np.flatnonzero(np.array(labels) == c) for c in classes]
+        columns = min(GRID_PER_CLASS, *map(len, of_class))
+        indices = np.concatenate([images[:columns] for images in of_class])
     images = parts.read(indices)
     return grid(images, columns, zoom=max(1, 64 // images.shape[1]))

@@ -12,8 +12,8 @@ from diffussm.config import Config, SampleConfig, from_dict
 from diffussm.data.workers import Workers
 from diffussm.diffusion.samplers import SAMPLERS
 from diffussm.sample_parts import PART
-from diffussm.sample_request import Request, chosen_classes, find_checkpoint, samples_folder
-from diffussm.sampling import GRID_CLASSES, choose_device, draw, publish
+from diffussm.sample_request import RANDOM, Request, chosen_classes, find_checkpoint, samples_folder
+from diffussm.sampling import choose_device, draw, publish, shown_classes
 from diffussm.training.checkpoint import ema_kind
 from diffussm.training.workers import join
 
@@ -40,7 +40,7 @@ def sample(arguments: argparse.Namespace, workers: Workers) -> None:
     )
     request = Request(
         found, ema_kind(average), settings, classes, arguments.count, min(arguments.batch, PART), arguments.seed,
-        arguments.guidance_channels,
+        arguments.guidance_channels, arguments.classes == RANDOM, arguments.precision,
     )  # fmt: skip
     device = choose_device(workers.local_rank)
     codec = codec_from_spec(meta["codec"], arguments.autoencoder or config.data.autoencoder)
@@ -61,11 +61,13 @@ def sample(arguments: argparse.Namespace, workers: Workers) -> None:
             "data": {"path": config.data.path, "reference": config.data.reference},
             "count": request.count,
             "classes": [meta["class_names"][c] for c in classes],
+            "random_classes": request.random_classes,
             "sampler": settings.sampler,
             "steps": settings.steps,
             "guidance": settings.guidance,
             "guidance_channels": request.guidance_channels,
             "seed": request.seed,
+            "precision": request.precision,
             **({"untrained": "untrained.npz"} if arguments.untrained else {}),
             "images_per_second": images_per_second,
         }
@@ -73,7 +75,7 @@ def sample(arguments: argparse.Namespace, workers: Workers) -> None:
         if arguments.json != "-":
             print(f"{request.count} images of {found} (after {meta['images']:,}), {settings.sampler}, {settings.steps}")
             print(f"steps, guidance {settings.guidance:g}: {images_per_second:.1f} images/s")
-            for row, c in enumerate(classes[:GRID_CLASSES]):
+            for row, c in enumerate(shown_classes(request)):
                 print(f"  row {row + 1:2}  {meta['class_names'][c]}")
             print(f"  {out / 'samples.npz'}\n  {out / 'grid.png'}")
         emit_json(arguments.json, record)
@@ -91,7 +93,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the files (default: RUN/samples)")
     parser.add_argument("--count", type=int, default=1000, metavar="N", help="images (default: %(default)s)")
     parser.add_argument(
-        "--classes", metavar="LIST", help="ids or names, separated by commas, drawn in turns (default: all)"
+        "--classes",
+        metavar="LIST",
+        help="ids or names, by commas, in turns; or: random, of all (default: all in turns)",
     )
     parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(default: the run's)")
     parser.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the run's)")
@@ -102,6 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="image i is a function of it (default: 0)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help=f"images at once, to {PART} (default: 32)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)")
     parser.add_argument("--autoencoder", metavar="ID", help="hub id or folder of its weights (default: the run's)")
     parser.add_argument("--untrained", action="store_true", help="also draw from the untrained model, for comparison")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's; the environment's counts

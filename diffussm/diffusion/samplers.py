@@ -14,6 +14,7 @@ Each takes (model, x, schedule, noise, ...) and returns a float32 sample of x's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -84,7 +85,42 @@ def ddim(
     return x
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {"ancestral": ancestral, "ddim": ddim}
+@torch.no_grad()
+def dpm_solver(
+    model: Model,
+    x: Tensor,
+    schedule: Schedule,
+    noise: Noise | None = None,
+    *,
+    clip: bool = False,
+    progress: Progress = iter,
+) -> Tensor:
+    """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095: deterministic, of second order in the log-SNR's steps.
+
+    Each step extrapolates the prediction of the data from the one before. The first has none before it; the one to
+    t = 0 is of first order too, since of evenly spaced steps it is by far the longest in log-SNR: to extrapolate there
+    makes errors 3 to 5 times as large. The last takes the data that is predicted at t = 0. ``noise`` is not asked for.
+    """
+    bars = schedule.alphas_cumprod
+    alpha, sigma, log_snr = bars.sqrt().tolist(), (1 - bars).sqrt().tolist(), (0.5 * torch.logit(bars)).tolist()
+    x = x.float()
+    before, h_before = None, math.inf
+    for i in progress(range(schedule.steps - 1, -1, -1)):
+        t = torch.full((len(x),), i, device=x.device)
+        x0 = schedule.predict_x0(x, t, _call(model, x, schedule, i)[:, : x.shape[1]])
+        if clip:
+            x0 = x0.clamp(-1, 1)
+        if i == 0:
+            x = x0
+        else:
+            h = log_snr[i - 1] - log_snr[i]
+            data = x0 if before is None or i == 1 else x0 + h / (2 * h_before) * (x0 - before)
+            x = sigma[i - 1] / sigma[i] * x - alpha[i - 1] * math.expm1(-h) * data
+            before, h_before = x0, h
+    return x
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"ancestral": ancestral, "ddim": ddim, "dpm++": dpm_solver}
 
 
 def _call(model: Model, x: Tensor, schedule: Schedule, i: int) -> Tensor:

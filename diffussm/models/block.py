@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from diffussm.models.s4d import BiSSM
 
+FEWEST_ROWS = 8  # of a product, from which on an image's bits are those that it has in any larger batch
+
 
 def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """adaLN: x · (1 + scale) + shift, with one shift and scale for all positions of an image."""
@@ -26,12 +28,24 @@ class IntoChannels(nn.Linear):
         return torch.addmm(self.bias.unsqueeze(1), self.weight, x_TD.t())
 
 
+class ConditionLinear(nn.Linear):
+    """Linear over one row an image, [B, in] → [B, out], whose rows do not depend on how many there are.
+
+    Matrix libraries sum the products of fewer than 4 rows in another order: such are padded. It costs next to nothing.
+    """
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        missing = max(0, FEWEST_ROWS - len(x_BD))
+        return super().forward(F.pad(x_BD, (0, 0, 0, missing)))[: len(x_BD)]
+
+
 class MixAndDown(nn.Module):
     """The D→D mix of BiSSM and after it W_down, from channels first to positions.
 
     Nothing stands between the two, so from 2D positions on, M matrices W_down[k]·mix, multiplied anew in each forward
     pass, cost less than the mix of every position: 2 D³ against L D², which is 12 % of a block's products. Positions
-    count over the batch, so that an image alone and in a large batch comes out a rounding apart.
+    count over the batch, so that an image alone and in a large batch comes out a rounding apart; but for a frozen
+    model, which multiplies them once.
 
     Args:
         width: D.
@@ -47,17 +61,26 @@ class MixAndDown(nn.Module):
         for weight in (self.mix_weight, *self.down_weight):
             nn.init.xavier_uniform_(weight)
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Weights [M, 2D/M, D] and biases [M, 2D/M] that do both."""
+        return self.down_weight @ self.mix_weight, self.down_weight @ self.mix_bias + self.down_bias
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Let the product take the place of its factors, for good."""
+        if self.mix_weight is not None:
+            self.down_weight, self.down_bias = map(nn.Parameter, self.product())
+            self.mix_weight = self.mix_bias = None
+
     def forward(self, y_MDT: Tensor) -> Tensor:
         """[M, D, T] → [T, 2D]: for each k its 2D/M columns."""
         hourglass, width, positions = y_MDT.shape
-        if hourglass * positions > 2 * width:
-            weights = self.down_weight @ self.mix_weight
-            biases = self.down_weight @ self.mix_bias + self.down_bias
-            pieces = [F.linear(y.t(), weights[k], biases[k]) for k, y in enumerate(y_MDT)]
-        else:
-            mixed = [F.linear(y.t(), self.mix_weight, self.mix_bias) for y in y_MDT]
-            pieces = [F.linear(y, self.down_weight[k], self.down_bias[k]) for k, y in enumerate(mixed)]
-        return torch.cat(pieces, dim=-1)
+        pieces, weights, biases = [y.t() for y in y_MDT], self.down_weight, self.down_bias
+        if self.mix_weight is not None and hourglass * positions > 2 * width:
+            weights, biases = self.product()
+        elif self.mix_weight is not None:
+            pieces = [F.linear(y, self.mix_weight, self.mix_bias) for y in pieces]
+        return torch.cat([F.linear(y, weights[k], biases[k]) for k, y in enumerate(pieces)], dim=-1)
 
 
 class HourglassBlock(nn.Module):
@@ -80,7 +103,7 @@ class HourglassBlock(nn.Module):
         super().__init__()
         self.hourglass = hourglass
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Linear(width, 3 * width)
+        self.modulation = ConditionLinear(width, 3 * width)
         self.w0 = nn.Linear(width, width)
         self.w_up = IntoChannels(width, hourglass * width)  # the M matrices W_up[k], one under the other
         self.ssm = BiSSM(width, state)

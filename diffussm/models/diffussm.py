@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffussm.errors import UserError
-from diffussm.models.block import HourglassBlock, modulate
+from diffussm.models.block import ConditionLinear, HourglassBlock, modulate
 from diffussm.models.s4d import BiSSM
 from diffussm.ops.s4d import Backend, fastest_backend
 
@@ -90,12 +90,12 @@ class DiffuSSM(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.embed = nn.Linear(channels, width)
         self.fold = nn.Linear(config.hourglass * width, width)
-        self.time_mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_mlp = nn.Sequential(ConditionLinear(FREQUENCIES, width), nn.SiLU(), ConditionLinear(width, width))
         self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.blocks = nn.ModuleList(HourglassBlock(width, config.hourglass, config.state) for _ in range(config.depth))
         self.unfold = nn.Linear(width, config.hourglass * width)
         self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.final_modulation = nn.Linear(width, 2 * width)
+        self.final_modulation = ConditionLinear(width, 2 * width)
         self.decode = nn.Linear(width, 2 * channels)
         self.initialize()
 
@@ -103,6 +103,18 @@ class DiffuSSM(nn.Module):
         """Of the state space layers while they train; evaluation convolves with a kernel that it keeps."""
         for block in self.blocks:
             block.ssm.backend = backend
+
+    def freeze(self) -> DiffuSSM:
+        """Make this a model to sample from, for good, and return it: what follows from the weights alone is made once.
+
+        That is each kernel's spectrum at a length, and the product of each block's mix and W_down, which takes their
+        place. On a CPU in fp32, the bits of an image's output then do not depend on the batch that it is in. The model
+        is in eval mode, on the device where it will stay; its state dict is no longer that of a checkpoint.
+        """
+        for block in self.blocks:
+            block.ssm.freeze()
+            block.mix_and_down.freeze()
+        return self.eval()
 
     @torch.no_grad()
     def initialize(self) -> None:

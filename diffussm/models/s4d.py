@@ -35,7 +35,8 @@ class BiSSM(nn.Module):
         for parameter in self.parameters():
             parameter.is_ssm = True
         self.backend: Backend = "auto"  # of training: evaluation convolves with the spectrum
-        self._kept: tuple[int, Tensor, Tensor] | None = None  # length, parameters, spectrum
+        self.frozen = False
+        self._kept: tuple[int, Tensor | None, Tensor] | None = None  # length, parameters, spectrum
         self.reset_parameters()
 
     @torch.no_grad()
@@ -51,6 +52,10 @@ class BiSSM(nn.Module):
         """As the ops take them."""
         return S4DParameters(self.log_dt, self.log_A_real, self.A_imag, self.C, self.skip)
 
+    def freeze(self) -> None:
+        """Let the parameters count as constants: what is kept of them goes unchecked."""
+        self.frozen, self._kept = True, None
+
     def forward(self, u: Tensor, layout: Layout = "BLD") -> Tensor:
         """[B, L, D], or channels first [D, B, ...positions], to the same."""
         parameters = self.s4d_parameters()
@@ -65,11 +70,11 @@ class BiSSM(nn.Module):
 
         Values are compared, not version counters: a write through ``.data``, as an optimizer that holds flat buffers
         makes it, leaves those as they were. On a CPU that costs 0.1 % of a block at XL, 1 % of one of width 128; on a
-        GPU it waits for the device once a block.
+        GPU it waits for the device once a block. A frozen layer's are not compared.
         """
-        values = torch.cat([parameter.detach().flatten() for parameter in parameters])
         kept = self._kept
-        if kept is None or kept[0] != length or not _same(kept[1], values):
+        values = None if self.frozen else torch.cat([parameter.detach().flatten() for parameter in parameters])
+        if kept is None or kept[0] != length or not (self.frozen or _same(kept[1], values)):
             self._kept = kept = (length, values, kernel_spectrum(parameters, length))
         return kept[2]
 

@@ -38,7 +38,7 @@ def draw_grid(
     sample = config.sample
     model = DiffuSSM(config.model, shape[0], num_classes)
     model.load_state_dict(weights)
-    model.to(cluster.device).eval()
+    model.to(cluster.device).freeze()
     mine = range(cluster.rank, sample.grid, cluster.world_size)
     images = np.empty((0,), np.uint8)
     if mine:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from diffussm.diffusion.noise import sample_noise
-from diffussm.diffusion.samplers import SAMPLERS, ancestral, ddim
+from diffussm.diffusion.samplers import SAMPLERS, ancestral, ddim, dpm_solver
 from diffussm.diffusion.schedule import Schedule
 from diffussm.errors import UserError
 
@@ -20,22 +20,29 @@ BARS = np.cumprod(1 - np.linspace(1e-4, 2e-2, T))
 MU = np.array([0.5, -1.0, 0.25])
 FACTOR = np.array([[1.0, 0.0, 0.0], [0.6, 0.5, 0.0], [-0.4, 0.3, 0.8]])
 SIGMA = FACTOR @ FACTOR.T
-# E[ε | x_t] = √(1-ᾱ) (ᾱ Σ + (1-ᾱ) I)⁻¹ (x_t - √ᾱ μ)
-MARGINAL = BARS[:, None, None] * SIGMA + (1 - BARS)[:, None, None] * np.eye(C)
-GAIN = np.sqrt(1 - BARS)[:, None, None] * np.linalg.inv(MARGINAL)
+
+
+def gains(bars: np.ndarray) -> np.ndarray:
+    """G of E[ε | x_t] = √(1-ᾱ) (ᾱ Σ + (1-ᾱ) I)⁻¹ (x_t - √ᾱ μ) = G (x_t - √ᾱ μ), for each ᾱ."""
+    marginal = bars[:, None, None] * SIGMA + (1 - bars)[:, None, None] * np.eye(C)
+    return np.sqrt(1 - bars)[:, None, None] * np.linalg.inv(marginal)
+
+
+GAIN = gains(BARS)
 
 
 class Exact:
-    """The exact noise prediction, and one value of v for all."""
+    """The exact noise prediction, and one value of v for all; of the linear schedule, or of other values of ᾱ."""
 
-    def __init__(self, v: float) -> None:
+    def __init__(self, v: float, bars: np.ndarray = BARS) -> None:
         self.v = v
+        self.gains, self.means = GAIN if bars is BARS else gains(bars), np.sqrt(bars)[:, None] * MU
         self.times: list[int] = []
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         assert t.dtype == torch.int64 and t.shape == x.shape[:1] and (t == t[0]).all()
         self.times.append(int(t[0]))
-        gain, mean = GAIN[self.times[-1]], np.sqrt(BARS[self.times[-1]]) * MU
+        gain, mean = self.gains[self.times[-1]], self.means[self.times[-1]]
         centred = x.flatten(1) - torch.tensor(mean, dtype=x.dtype)
         eps = centred @ torch.tensor(gain.T, dtype=x.dtype)
         return torch.cat([eps, torch.full_like(eps, self.v)], 1).view(len(x), 2 * C, 1, 1)
@@ -88,11 +95,13 @@ def test_ancestral_adds_the_variance_that_the_model_predicts(v):
     assert np.abs(covariance - SIGMA).max() > 0.015
 
 
-def flow(x_T: torch.Tensor) -> np.ndarray:
-    """Where the probability flow takes x_T: each eigenvector's coordinate keeps its number of standard deviations."""
+def flow(x_T: torch.Tensor, start: float = BARS[-1], end: float = 1.0) -> np.ndarray:
+    """Where the probability flow takes x_T from one ᾱ to another, by default to the data: each eigenvector's coordinate
+    keeps its number of standard deviations."""
     eigenvalues, vectors = np.linalg.eigh(SIGMA)
-    coordinates = (x_T.flatten(1).double().numpy() - np.sqrt(BARS[-1]) * MU) @ vectors
-    return MU + coordinates * np.sqrt(eigenvalues / (BARS[-1] * eigenvalues + 1 - BARS[-1])) @ vectors.T
+    coordinates = (x_T.flatten(1).double().numpy() - np.sqrt(start) * MU) @ vectors
+    before, after = (np.sqrt(bar * eigenvalues + 1 - bar) for bar in (start, end))
+    return np.sqrt(end) * MU + coordinates * after / before @ vectors.T
 
 
 def test_ddim_follows_the_probability_flow():
@@ -108,6 +117,34 @@ def test_ddim_follows_the_probability_flow():
 def test_ddim_samples_have_the_moments_of_the_data():
     samples = ddim(Exact(0.0), noise(0), FULL)
     assert_moments(samples, flow(torch.zeros(1, C))[0], SIGMA, 4e-3)
+
+
+def errors_in_equal_steps_of_log_snr(sampler) -> list[float]:
+    """Of 25, 50 and 100 steps, the largest distance from the flow to the last ᾱ and the data predicted there."""
+    x_T, errors = draw(256, C, 1, 1), []
+    for steps in (25, 50, 100):
+        bars = 1 / (1 + np.exp(-2 * np.linspace(4.6, -5, steps)))
+        model = Exact(0.0, bars)
+        samples = sampler(model, x_T, Schedule(torch.from_numpy(bars), torch.arange(steps))).flatten(1).numpy()
+        last = flow(x_T, bars[-1], bars[0])
+        expected = (last - np.sqrt(1 - bars[0]) * (last - model.means[0]) @ model.gains[0].T) / np.sqrt(bars[0])
+        errors.append(np.abs(samples - expected).max())
+    return errors
+
+
+@pytest.mark.parametrize("sampler, order", [(ddim, 1), (dpm_solver, 2)])
+def test_errors_fall_with_the_order_of_the_method(sampler, order):
+    coarse, middle, fine = errors_in_equal_steps_of_log_snr(sampler)
+    assert np.log2(middle / fine) == pytest.approx(order, abs=0.1) == np.log2(coarse / middle)
+
+
+def test_dpm_solver_needs_fewer_steps_than_ddim():
+    x_T = draw(256, C, 1, 1)
+    dpm, other = (
+        np.abs(sampler(Exact(0.0), x_T, FULL.respace(steps)).flatten(1).numpy() - flow(x_T)).max()
+        for sampler, steps in ((dpm_solver, 20), (ddim, 50))
+    )
+    assert dpm < other
 
 
 def test_ddim_of_eta_one_is_ancestral_with_the_lower_variance():
@@ -143,6 +180,28 @@ def test_a_ddim_step_matches_diffusers(i, clip, eta):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [3, 10, 50])
+def test_every_step_of_dpm_solver_matches_diffusers(steps):
+    """Theirs ends with the least noise, at t = 0; ours makes one step more, to the data."""
+    schedule = FULL.respace(steps)
+    other = DPMSolverMultistepScheduler(
+        T, beta_start=1e-4, beta_end=2e-2, solver_order=2, final_sigmas_type="sigma_min", euler_at_final=True
+    )
+    other.alphas_cumprod = BARS
+    other.set_timesteps(timesteps=schedule.timesteps[1:].flip(0).tolist())
+    mix, states = draw(C, C, seed=1), []
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        states.append(x)
+        return torch.tanh(torch.einsum("ij,bjhw->bihw", mix, x) + t.view(-1, 1, 1, 1) / T)
+
+    dpm_solver(model, draw(4, C, 2, 2), schedule)
+    expected = states[0]
+    for t, after in zip(other.timesteps, states[1:].copy(), strict=True):
+        expected = other.step(model(expected, t.expand(4)), t, expected).prev_sample.float()
+        torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+
+
 def one_step(name, output, x, i, noise, steps=250, **options):
     """The state after step i, seen as the input of the model's next call."""
     seen = []
@@ -167,7 +226,7 @@ def test_noise_is_asked_for_once_a_transition_but_the_last(name):
 
     options = {"eta": 0.5} if name == "ddim" else {}
     SAMPLERS[name](Exact(0.0), draw(2, C, 1, 1), FULL.respace(5), counting, **options)
-    assert asked == [1, 2, 3, 4]
+    assert asked == ([] if name == "dpm++" else [1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -53,18 +53,23 @@ def test_the_command_writes_an_npz_a_picture_and_a_record(trained, tmp_path):
 def test_an_image_is_a_function_of_seed_and_number(trained, tmp_path, monkeypatch):
     for name, *arguments in (
         ("whole", "--count", 6),
-        ("small batches", "--count", 6, "--batch", 4),
+        ("batches of four", "--count", 6, "--batch", 4),
+        ("one by one", "--count", 6, "--batch", 1),
         ("fewer", "--count", 3),
+        ("fewer, guided", "--count", 3, "--guidance", 4),
         ("other seed", "--count", 6, "--seed", 1),
         ("guided", "--count", 6, "--guidance", 4),
         ("other sampler", "--count", 6, "--sampler", "ddim"),
+        ("dpm++", "--count", 6, "--sampler", "dpm++"),
+        ("bf16", "--count", 6, "--precision", "bf16"),
     ):
         call(monkeypatch, trained, "--out", tmp_path / name, *arguments)
     whole = images(tmp_path / "whole")
-    # another batch size sums in another order: at most a rounding apart
-    assert np.abs(images(tmp_path / "small batches").astype(int) - whole).max() <= 1
-    assert np.abs(images(tmp_path / "fewer").astype(int) - whole[:3]).max() <= 1
-    for name in ("other seed", "guided", "other sampler"):
+    for name in ("batches of four", "one by one", "fewer"):
+        assert (images(tmp_path / name) == whole[: 3 if name == "fewer" else 6]).all(), name
+    assert (images(tmp_path / "fewer, guided") == images(tmp_path / "guided")[:3]).all()
+    assert np.abs(images(tmp_path / "bf16").astype(int) - whole).mean() < 2
+    for name in ("other seed", "guided", "other sampler", "dpm++", "bf16"):
         assert (images(tmp_path / name) != whole).any(), name
 
 
@@ -72,6 +77,17 @@ def test_classes_by_name_and_number(trained, tmp_path, monkeypatch):
     call(monkeypatch, trained, "--out", tmp_path, "--count", 4, "--classes", "striped,0")
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
         assert file["arr_1"].tolist() == [2, 0, 2, 0]
+
+
+def test_classes_at_random_by_the_seed(trained, tmp_path, monkeypatch):
+    labels = {}
+    for name, *arguments in (("40", "--count", 40), ("9", "--count", 9), ("seed", "--count", 40, "--seed", 1)):
+        call(monkeypatch, trained, "--out", tmp_path / name, "--classes", "random", "--steps", 1, *arguments)
+        with np.load(tmp_path / name / "samples.npz", allow_pickle=False) as file:
+            labels[name] = file["arr_1"].tolist()
+    assert set(labels["40"]) == {0, 1, 2} and labels["40"] != sorted(labels["40"]) != labels["seed"]
+    assert labels["9"] == labels["40"][:9] != [0, 1, 2] * 3
+    assert json.loads((tmp_path / "9/samples.json").read_text())["random_classes"]
 
 
 def test_an_unconditional_model_trains_and_samples(tmp_path, monkeypatch):

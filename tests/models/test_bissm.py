@@ -100,8 +100,9 @@ def test_gradients_in_eval_are_those_of_training():
     assert all(torch.equal(a, p.grad) and p.grad.any() for a, p in zip(in_eval, ssm.parameters(), strict=True))
 
 
-def test_guided_sampling_generates_each_kernel_once(generated):
-    model = DiffuSSM(ModelConfig("custom", 16, 3, 2, 8), channels=2, num_classes=4).eval()
+@pytest.mark.parametrize("prepare", [DiffuSSM.eval, DiffuSSM.freeze])
+def test_guided_sampling_generates_each_kernel_once(prepare, generated):
+    model = prepare(DiffuSSM(ModelConfig("custom", 16, 3, 2, 8), channels=2, num_classes=4))
     generate(
         model, Schedule.linear(1000).respace(10), (2, 4, 4), range(3), [0, 1, 2], num_classes=4,
         sampler="ancestral", guidance=3.0, seed=0, device=torch.device("cpu"),

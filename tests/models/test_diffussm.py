@@ -1,10 +1,15 @@
 """The network against the paper's formulas and figures."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from reference_s4d import recurrence, relative_error
 
+from diffussm.diffusion.generate import generate
+from diffussm.diffusion.samplers import SAMPLERS
+from diffussm.diffusion.schedule import Schedule
 from diffussm.errors import UserError
 from diffussm.models.block import HourglassBlock
 from diffussm.models.diffussm import DiffuSSM, ModelConfig, position_embedding
@@ -118,6 +123,63 @@ def test_autocast_leaves_the_state_space_in_fp32():
         out = model(x, t, y)
     assert out.dtype == torch.float32
     assert relative_error(out, exact.double()) < 0.05
+
+
+@pytest.fixture
+def one_thread():
+    """As sampling on a CPU gives each batch: threads share out the rows of a product by how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("width", "size"), [(16, 8), (64, 8), (128, 16), (384, 8)])
+@torch.no_grad()
+def test_an_image_has_the_same_bits_in_any_batch(width, size, one_thread):
+    model = awake(DiffuSSM(ModelConfig("custom", width, 2), channels=4, num_classes=10)).freeze()
+    x, t, y = torch.randn(40, 4, size, size), torch.randint(1000, (40,)), torch.randint(11, (40,))
+    whole = model(x, t, y)
+    for batch in (1, 2, 3, 4, 5, 7, 8, 9, 16, 31):
+        assert torch.equal(model(x[-batch:], t[-batch:], y[-batch:]), whole[-batch:]), batch
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_sample_has_the_same_bits_in_any_batch(sampler, guidance, one_thread):
+    model = awake(DiffuSSM(TINY, channels=4, num_classes=10)).freeze()
+
+    def samples(indices: range) -> torch.Tensor:
+        return generate(
+            model, Schedule.linear().respace(5), (4, 8, 8), indices, [i % 10 for i in indices], num_classes=10,
+            sampler=sampler, guidance=guidance, seed=1, device=torch.device("cpu"),
+        )  # fmt: skip
+
+    whole = samples(range(20))
+    assert whole.isfinite().all()
+    for batch in (1, 3, 8, 16):
+        parts = [samples(range(start, min(start + batch, 20))) for start in range(0, 20, batch)]
+        assert torch.equal(torch.cat(parts), whole), batch
+
+
+@torch.no_grad()
+def test_what_a_frozen_model_keeps_changes_no_bit():
+    model = awake(DiffuSSM(TINY, channels=4, num_classes=10)).eval()
+    frozen = copy.deepcopy(model).freeze()
+    for size in (8, 8, 6, 8):  # 64 or 36 positions an image, of more than 2D: mix and W_down are multiplied in both
+        x, t, y = torch.randn(3, 4, size, size), torch.tensor([3, 500, 0]), torch.tensor([1, 2, 10])
+        for block in model.blocks:
+            block.ssm._kept = None  # its kernel is generated
+        assert torch.equal(frozen(x, t, y), model(x, t, y))
+
+
+@torch.no_grad()
+def test_a_frozen_model_of_few_positions_agrees_with_the_factors():
+    model = awake(DiffuSSM(ModelConfig("custom", 64, 2, 2, 8), channels=4, num_classes=10)).eval()
+    x, t = torch.randn(1, 4, 4, 4), torch.tensor([500])
+    expected = model(x, t)
+    frozen = model.freeze().freeze()  # again changes nothing
+    assert relative_error(frozen(x, t), expected.double()) < 1e-5
 
 
 @pytest.mark.parametrize(
