@@ -32,6 +32,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -469,14 +470,18 @@ def tensors(run: Run) -> dict[str, bytes]:
 
 
 def files(run: Run) -> set[str]:
-    """Names in the run's folder and of the checkpoints; TensorBoard's, which bear their time, without them."""
+    """Names in the run's folder and of the checkpoints, but for TensorBoard's, which bear their time.
+
+    Files of ranks bear their writer's name, for which x stands here; two writers' in one checkpoint are told.
+    """
     local = {p.relative_to(run.folder).as_posix() for p in run.folder.rglob("*") if p.parent.name != "tensorboard"}
     found = local | {f"checkpoints: {name}" for name in open_store(run.checkpoints).list()}
     if run.checkpoints.startswith("s3:"):
         prefix = run.checkpoints.removeprefix(f"s3://{BUCKET}/")
         uploads = make_client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
         found |= {f"an upload of {u['Key']}" for u in uploads if u["Key"].startswith(f"{prefix}/")}
-    return found
+    counted = collections.Counter(re.sub(r"(rank-\d+)-[0-9a-f]{8}\.", r"\1-x.", name) for name in found)
+    return {name if count == 1 else f"{name}, {count} times" for name, count in counted.items()}
 
 
 if __name__ == "__main__":
