@@ -29,15 +29,6 @@ PARTS = "parts"
 GRID_PER_CLASS, GRID_UNCONDITIONAL, GRID_CLASSES = 10, 64, 20  # images shown
 
 
-def choose_device(local_rank: int) -> torch.device:
-    """This process's GPU, which "cuda" then means, or the CPU where there is none."""
-    gpus = torch.cuda.device_count()
-    if not gpus:
-        return torch.device("cpu")
-    torch.cuda.set_device(local_rank % gpus)
-    return torch.device("cuda", local_rank % gpus)
-
-
 def draw(
     request: Request, codec: Codec, device: torch.device, out: Path, title: str, workers: Workers
 ) -> tuple[Parts, float]:

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffussm.autoencoders.codec import Codec
 from diffussm.autoencoders.kl import AutoencoderKLCodec
 from diffussm.autoencoders.pixel import PixelCodec
@@ -22,6 +20,7 @@ from diffussm.data.reader import SampleReader
 from diffussm.data.records import RECORD_PREFIX
 from diffussm.data.sources import SOURCES, SPLITS, open_source
 from diffussm.data.store import Store, open_store
+from diffussm.training.cluster import choose_device
 from diffussm.training.workers import join
 
 NOT_FOR = {  # options that make no sense there
@@ -124,9 +123,8 @@ def open_codec(arguments: argparse.Namespace, local_rank: int) -> Codec:
         return PixelCodec(28, 28, 1)
     if arguments.codec == "pixel":
         return PixelCodec(arguments.size, arguments.size, 3, size=arguments.size + arguments.size % 2)
-    gpus = torch.cuda.device_count()
-    device = f"cuda:{local_rank % gpus}" if gpus else "cpu"
-    return AutoencoderKLCodec.open(arguments.autoencoder, arguments.size, arguments.dtype, device)
+    device = choose_device(local_rank)
+    return AutoencoderKLCodec.open(arguments.autoencoder, arguments.size, arguments.dtype, str(device))
 
 
 def describe(store: Store, index: Index) -> dict[str, Any]:

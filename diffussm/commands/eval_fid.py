@@ -32,12 +32,12 @@ def main() -> None:
         raise UserError(f"nothing to compare {samples} with: give --reference DATASET_OR_NPZ")
 
     images = read_images(samples)
+    extractor = make_extractor(arguments.extractor, arguments.inception_weights)  # what it lacks is told at once
     sets = [("trained" if record else samples.stem, images)]
     sets += [(name, read_images(path, len(images))) for name, path in against]  # as many: FID depends on their number
     if floor:
         sets.insert(0, (f"real {Path(floor).name} (floor)", read_images(floor, len(images))))
     real = read_reference(reference, arguments.max_reference)
-    extractor = make_extractor(arguments.extractor, arguments.inception_weights)
     prepared = prepare_reference(real, extractor)
     report = {
         "extractor": extractor.name,

@@ -13,8 +13,9 @@ from diffussm.data.workers import Workers
 from diffussm.diffusion.samplers import SAMPLERS
 from diffussm.sample_parts import PART
 from diffussm.sample_request import RANDOM, Request, chosen_classes, find_checkpoint, samples_folder
-from diffussm.sampling import choose_device, draw, publish, shown_classes
+from diffussm.sampling import draw, publish, shown_classes
 from diffussm.training.checkpoint import ema_kind
+from diffussm.training.cluster import choose_device
 from diffussm.training.workers import join
 
 EXAMPLES = """\

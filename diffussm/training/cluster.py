@@ -187,19 +187,17 @@ def end_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def device_index(identity: Identity, visible: int) -> int:
-    """Which of the GPUs that this process sees it takes: by its number on this host. Of one, that one: SLURM gives each
-    task its own by --gpus-per-task; that no two are the same is for the ranks to compare.
+def choose_device(local_rank: int) -> torch.device:
+    """This process's GPU, which "cuda" then means, by its number on this host; the CPU where there is none.
 
-    Raises:
-        UserError: there are fewer than ranks.
+    Of one that it sees, that one: SLURM gives each task its own by --gpus-per-task. Processes that only share work may
+    share a GPU; that no two ranks of training do is seen when they compare (:mod:`diffussm.training.handshake`).
     """
-    if 1 < visible <= identity.local_rank:
-        raise UserError(
-            f"local rank {identity.local_rank} on {socket.gethostname()} has no GPU: it sees {visible}: start as many "
-            f"ranks on a host as it has GPUs, with srun by --ntasks-per-node={visible} --gpus-per-node={visible}"
-        )
-    return identity.local_rank if visible > 1 else 0
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def choose_interface(identity: Identity) -> str:
@@ -207,7 +205,7 @@ def choose_interface(identity: Identity) -> str:
 
     Elsewhere gloo's own choice, the address of the host's name, is right; and NCCL needs no name. Returns what is said.
     """
-    if "GLOO_SOCKET_IFNAME" not in os.environ and _is_loopback(socket.gethostname()):
+    if identity.world_size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ and _is_loopback(socket.gethostname()):
         for host in (identity.master[0], *hosts_of_step()):
             if not _is_loopback(host) and (name := _interface_towards(host)):
                 os.environ["GLOO_SOCKET_IFNAME"] = name
@@ -304,7 +302,7 @@ def connect(identity: Identity | None = None) -> Cluster:
     """Join the group of all ranks, as who this process is by :func:`identify`.
 
     Raises:
-        UserError: there is no GPU for this rank, or others do not come within DIFFUSSM_JOIN_MINUTES (10).
+        UserError: the others do not come within DIFFUSSM_JOIN_MINUTES (10).
     """
     identity = identity or identify()
     import deepspeed  # slow to import: bad arguments are reported before it
@@ -312,11 +310,8 @@ def connect(identity: Identity | None = None) -> Cluster:
 
     logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
-    if torch.cuda.is_available():
-        device = torch.device("cuda", device_index(identity, torch.cuda.device_count()))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    device = choose_device(identity.local_rank)
+    if device.type == "cpu":
         # Its own sums over shared memory are for inference alone, and take a compiler 100 s; a kill then leaves locks.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     network = choose_interface(identity)

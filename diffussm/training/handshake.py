@@ -70,7 +70,7 @@ def disagreement(ranks: list[dict[str, str]]) -> str:
         if rank["device"] != "cpu" and place in users:
             return (
                 f"ranks {users[place]} and {number} on {rank['host']} both use GPU {rank['device']}: start one rank a "
-                f"GPU, each with its own LOCAL_RANK"
+                f"GPU, each with its own LOCAL_RANK (srun: as many --ntasks-per-node as --gpus-per-node)"
             )
         users[place] = number
     return ""

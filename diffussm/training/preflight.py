@@ -39,7 +39,7 @@ from diffussm.config import Config
 from diffussm.data.store import LocalStore, open_store
 from diffussm.data.stream import READERS
 from diffussm.errors import UserError, fail
-from diffussm.training.cluster import Identity, choose_interface, device_index, hosts_of_step
+from diffussm.training.cluster import Identity, choose_device, choose_interface, hosts_of_step
 from diffussm.training.hardware import multiplies_bf16
 from diffussm.training.preflight_judge import judge, ring
 from diffussm.training.preflight_measures import (
@@ -60,13 +60,13 @@ SEEN_SECONDS = 3.0  # in which a new file shows on the other nodes
 
 
 class Preflight:
-    """This rank's part: `Preflight(config, ds_config, identify(), 120).run()`.
+    """This rank's part: `Preflight(config, ds_config, identify(), 120, 600).run()`.
 
     Args:
         config: checked.
         ds_config: DeepSpeed's, from :func:`diffussm.training.engine.read_ds_config`.
         timeout: seconds of a phase.
-        joining: seconds of the first, in which ranks may still be starting; None: the same.
+        joining: seconds of the first, in which ranks may still be starting.
 
     Raises:
         UserError: there is no rank 0 to meet.
@@ -78,18 +78,12 @@ class Preflight:
         ds_config: dict[str, Any],
         identity: Identity,
         timeout: float,
-        joining: float | None = None,
+        joining: float,
     ) -> None:
-        self.config, self.ds_config, self.timeout = config, ds_config, timeout
-        self.joining = timeout if joining is None else joining
+        self.config, self.ds_config, self.timeout, self.joining = config, ds_config, timeout, joining
         self.rank, self.size, self.local_rank = identity.rank, identity.world_size, identity.local_rank
         self.node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # what sbatch --exclude calls it
-        self.device, self._lacks = torch.device("cpu"), ""
-        if torch.cuda.is_available():
-            try:
-                self.device = torch.device("cuda", device_index(identity, torch.cuda.device_count()))
-            except UserError as error:
-                self._lacks = str(error)
+        self.device = choose_device(identity.local_rank)
         self._network = choose_interface(identity)
         self.nodes: dict[str, list[int]] = {}  # their ranks, once all have come
         self.connected = True  # no link has failed
@@ -210,8 +204,6 @@ class Preflight:
     # Phases
 
     def _come(self) -> Report:
-        if self._lacks:
-            raise UserError(self._lacks)
         slurm, torchrun = os.environ.get("SLURM_CPUS_PER_TASK"), os.environ.get("LOCAL_WORLD_SIZE")
         facts = {
             "local_rank": self.local_rank,

@@ -44,7 +44,7 @@ def judge(
     reports: dict[str, list[Report | None]],
     hosts: list[str],
     timeout: float,
-    joining: float | None = None,
+    joining: float,
 ) -> Verdict:
     """The verdict on what has been reported so far.
 
@@ -54,10 +54,10 @@ def judge(
         reports: by phase, of each rank; None: it gave no sign.
         hosts: where the launcher has started ranks, if it says so.
         timeout: seconds of a phase, for messages.
-        joining: of the first; None: the same.
+        joining: of the first.
     """
     judge = _Judge(config, ds_config, reports)
-    judge.absent(hosts, f"within {joining or timeout:g} s")
+    judge.absent(hosts, f"within {joining:g} s")
     judge.signs(timeout)
     judge.devices()
     judge.cpus()

@@ -46,7 +46,7 @@ def within(work: Callable[[], Report], seconds: float, device: torch.device) -> 
 
     def run() -> None:
         try:
-            if device.type == "cuda" and device.index < torch.cuda.device_count():
+            if device.type == "cuda":
                 torch.cuda.set_device(device)  # each thread has its own
             outcome.update(work())
         except Exception as error:

@@ -58,7 +58,7 @@ def reports(nodes: int = NODES) -> Reports:
 
 
 def verdict(found: Reports, config: Config = CONFIG, ds_config: dict[str, Any] = ZERO2) -> Verdict:
-    return judge(config, ds_config, found, HOSTS, 60)
+    return judge(config, ds_config, found, HOSTS, 60, 60)
 
 
 def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
