@@ -23,10 +23,10 @@ fail() {
 
 # need NAME EXAMPLE...: that it is set.
 need() {
-    local name=$1
+    local name=$1 advice="start again"
     shift
-    [ -n "${!name:-}" ] || fail "$name is not set: export $name=$*, and submit again" \
-        "(sbatch passes your environment on, unless --export says otherwise)"
+    [ -z "$job" ] || advice="submit again (sbatch passes your environment on, unless --export says otherwise)"
+    [ -n "${!name:-}" ] || fail "$name is not set: export $name=$*, and $advice"
 }
 
 # What every script does first.
@@ -49,10 +49,10 @@ begin() {
         python=python3
     fi
     local cpus=${SLURM_CPUS_PER_TASK:-1}
-    export SRUN_CPUS_PER_TASK=$cpus                             # srun takes it from nowhere else
+    export SRUN_CPUS_PER_TASK=$cpus                                # srun takes it from nowhere else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cpus + 1) / 2))} # the rest is for the loader
-    export PYTHONUNBUFFERED=1                                   # a job that is killed has said what it had to say
-    export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}    # not that a host's address has no name
+    export PYTHONUNBUFFERED=1                                      # a job that is killed has said what it had to say
+    export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}       # not that a host's address has no name
     if [ -n "$job" ]; then
         local gpus=${SLURM_GPUS_ON_NODE:-0} tasks=${SLURM_NTASKS_PER_NODE:-1}
         [ "$gpus" = 0 ] || [ "$gpus" -ge "$tasks" ] || fail "$gpus GPUs a node and $tasks tasks a node: a rank takes" \
@@ -86,7 +86,7 @@ pass_on() {
 
 # ranks COMMAND...: one process a task; without SLURM, one a GPU. Returns with what they ended with.
 ranks() {
-    local before chosen code number options
+    local before chosen code options
     : >"$DIFFUSSM_EXIT_FILE" # not removed: over NFS a file that was not there is believed to be away for a while
     if [ -n "$job" ]; then
         options=(--label --kill-on-bad-exit=1)
@@ -102,8 +102,8 @@ ranks() {
         options+=(${DIFFUSSM_SRUN:-})
         srun "${options[@]}" "$python" "$@" &
     else
-        number=${DIFFUSSM_RANKS:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 1)')}
-        setsid "$python" -m deepspeed.launcher.runner --num_gpus "$number" "$@" &
+        : "${DIFFUSSM_RANKS:=$("$python" -c 'import torch; print(torch.cuda.device_count() or 1)')}"
+        setsid "$python" -m deepspeed.launcher.runner --num_gpus "$DIFFUSSM_RANKS" "$@" &
     fi
     child=$!
     [ -z "$asked" ] || pass_on "$asked" # which came before there was anybody to tell
