@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.data.encode import encode
 from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
+from diffussm.errors import run_command
 
 
 @pytest.hookimpl(wrapper=True)
@@ -23,6 +25,24 @@ def pytest_runtest_makereport(item, call):
         report.outcome = "failed"
         report.longrepr = f"skipped, which CI does not allow: {report.longrepr}"
     return report
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command's main in this process: its exit code, stdout and stderr."""
+
+    def call(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
+        name = main.__module__.rpartition(".")[2]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        code = 0
+        try:
+            run_command(main)
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 CLASSES = ["dark", "bright", "striped"]

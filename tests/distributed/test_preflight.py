@@ -15,7 +15,6 @@ import pytest
 import runs
 
 from diffussm.commands.preflight import main
-from diffussm.errors import run_command
 
 pytestmark = pytest.mark.distributed
 
@@ -110,22 +109,17 @@ def test_ranks_that_stop_or_die(shades: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process: its exit code, stdout and stderr."""
+def alone(
+    call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command as a process of its own would: its exit code, stdout and stderr."""
 
     def run(*given: object) -> tuple[int, str, str]:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DIFFUSSM_S3_DEADLINE"):
             monkeypatch.setenv(name, "")  # so that it is restored
             monkeypatch.delenv(name)
         monkeypatch.setenv("SLURMD_NODENAME", "n0")
-        monkeypatch.setattr(sys, "argv", ["preflight.py", *map(str, given)])
-        code = 0
-        try:
-            run_command(main)
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return call(main, *given)
 
     return run
 

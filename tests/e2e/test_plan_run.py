@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -13,7 +14,6 @@ import pytest
 import runs
 
 from diffussm.commands.plan_run import main
-from diffussm.errors import run_command
 from diffussm.training.monitor import log_of
 
 pytestmark = pytest.mark.e2e
@@ -23,20 +23,9 @@ XL = ("xl256", "--gpus", "8", "--latent", "4x32x32")
 
 
 @pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process: its exit code, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["plan_run.py", *map(str, arguments)])
-        code = 0
-        try:
-            run_command(main)
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def plan(call: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command: its exit code, stdout and stderr."""
+    return functools.partial(call, main)
 
 
 def test_plans_the_papers_run_by_a_process_of_its_own(tmp_path: Path) -> None:
