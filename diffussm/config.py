@@ -48,7 +48,8 @@ class DataConfig:
         cache: folder of a local disk where a node keeps the shards that it has fetched; null: none.
         cache_gib: what that folder may hold, GiB.
         autoencoder: hub id or folder of the weights that decode samples; null: where the data set was encoded from.
-        reference: folder or s3:// URL of the latents that samples are scored against.
+        reference: what samples are scored against: a data set that was encoded without loss, an .npz or a folder of
+            images, or the file that `tools/eval_fid.py --write-reference` makes of them.
         prepare: a data set that is fetched and encoded when ``path`` has no index yet: fashion-mnist.
     """
 
@@ -75,6 +76,35 @@ class SampleConfig:
     steps: int = 250
     guidance: float = 1.0
     grid: int = 16
+
+
+@dataclass
+class ScoreConfig:
+    """FID of the averaged weights while training, against data.reference; into the log as fid/EXTRACTOR.
+
+    Attributes:
+        every_images: between two scores; each is followed by a checkpoint; 0: none.
+        images: drawn for a score, spread over the classes. The fewer, the higher the figure comes out: it tells the
+            scores of a run apart, and is not to be published.
+        extractor: whose features are compared.
+        inception_weights: file of the weights of inception-2015; null: they are downloaded once.
+        sampler, steps, guidance: as of `sample`.
+        batch: images at once, of a rank.
+    """
+
+    every_images: int = 0
+    images: int = 1000
+    extractor: Literal["efficientnet-lite0", "inception-2015"] = "efficientnet-lite0"
+    inception_weights: str | None = None
+    sampler: Literal["ancestral", "ddim", "dpm++"] = "dpm++"
+    steps: int = 25
+    guidance: float = 1.0
+    batch: int = 32
+
+    @property
+    def metric(self) -> str:
+        """The figure's name in the log."""
+        return f"fid/{self.extractor}"
 
 
 @dataclass
@@ -105,7 +135,8 @@ class TrainConfig:
         checkpoints: folder or s3:// URL of the checkpoints; null: checkpoints/ in the run's folder.
         keep_checkpoints: how many of the newest to keep.
         keep_every_images: keep, too, the first past each multiple of so many; 0: none.
-        keep_best: keep, too, the one with the least value of this scalar of the log, such as loss/total; null: none.
+        keep_best: keep, too, the one with the least value of this scalar of the log, such as loss/total or
+            fid/efficientnet-lite0; null: none.
         resume: auto goes on from the run's newest complete checkpoint; none needs a new run; else the path or s3:// URL
             of a checkpoint, for a new run.
         init_from: path or s3:// URL that a new run takes its first weights from, whatever resolution they were trained
@@ -165,6 +196,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def check(self) -> None:
@@ -177,6 +209,10 @@ class Config:
             ("diffusion.label_drop", 0 <= self.diffusion.label_drop < 1, "in [0, 1), usually 0.1"),
             ("sample.steps", 1 <= self.sample.steps <= self.diffusion.steps, f"in 1..{self.diffusion.steps}"),
             ("sample.grid", self.sample.grid >= 1, "at least 1"),
+            ("score.every_images", self.score.every_images >= 0, "≥ 0; 0 scores nothing"),
+            ("score.images", self.score.images >= 2, "at least 2, usually 1000"),
+            ("score.steps", 1 <= self.score.steps <= self.diffusion.steps, f"in 1..{self.diffusion.steps}"),
+            ("score.batch", self.score.batch >= 1, "at least 1"),
             ("train.seed", 0 <= train.seed < 2**63, "in 0..2**63 - 1"),
             (
                 "train.total_images",
@@ -209,6 +245,12 @@ class Config:
             if not ok:
                 section, name = key.split(".")
                 raise UserError(f"{key} {getattr(getattr(self, section), name)} must be {want}")
+        if self.score.every_images and self.data.reference is None:
+            raise UserError("score.every_images needs data.reference, what samples are compared with")
+        scored = [self.score.metric] if self.score.every_images else []
+        if str(train.keep_best).startswith("fid/") and train.keep_best not in scored:
+            way_out = f"say {scored[0]}" if scored else "set score.every_images"
+            raise UserError(f"train.keep_best {train.keep_best} is not computed: {way_out}")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(to_dict(self), sort_keys=False)

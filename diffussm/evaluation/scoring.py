@@ -72,7 +72,7 @@ class Scoring:
                     yield images
                     bar.update(len(images))
 
-            self._sets[name] = measure_stream(counted(), self._extractor, name)
+            self._sets[name] = measure_stream(counted(), self._extractor).check(name)
         self.count = self._sets[name].summary.count
 
     def compare_with(self, path: str | Path, limit: int | None) -> None:

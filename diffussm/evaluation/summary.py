@@ -90,12 +90,8 @@ class Measured:
         return self
 
 
-def measure_stream(batches: Iterable[np.ndarray], extractor: Extractor, name: str) -> Measured:
-    """Measure images uint8 [n, H, W, 3] as they come; all pool features are kept.
-
-    Raises:
-        UserError: they are no images.
-    """
+def measure_stream(batches: Iterable[np.ndarray], extractor: Extractor) -> Measured:
+    """Measure images uint8 [n, H, W, 1 or 3] as they come; all pool features are kept."""
     summary, kept = Summary(extractor), [torch.zeros(0, extractor.pool_size)]
     for images in batches:
         for start in range(0, len(images), extractor.batch_size):
@@ -103,4 +99,4 @@ def measure_stream(batches: Iterable[np.ndarray], extractor: Extractor, name: st
             features = extractor(batch)
             summary.update(summary.count, features, int(batch.max()))
             kept.append(features.pool)
-    return Measured(summary, torch.cat(kept)).check(name)
+    return Measured(summary, torch.cat(kept))

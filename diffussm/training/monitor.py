@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Monitor:
         kept = [line for line in _complete_lines(self.path) if json.loads(line)["images"] <= images]
         write_atomically(self.path, "".join(kept))
         self.file = open(self.path, "a")  # noqa: SIM115
+        self.lock = threading.Lock()
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=images + 1)
         on_terminal = sys.stderr.isatty()
         self.bar = tqdm(
@@ -49,10 +51,11 @@ class Monitor:
         self.said = -math.inf
 
     def scalars(self, images: int, values: dict[str, float]) -> None:
-        """Record values at ``images`` seen; one that is not finite is null in the JSON."""
+        """Record values at ``images`` seen; one that is not finite is null in the JSON. For any thread."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({"images": images, **finite}) + "\n")
-        self.file.flush()
+        with self.lock:
+            self.file.write(json.dumps({"images": images, **finite}) + "\n")
+            self.file.flush()
         for name, value in values.items():
             self.writer.add_scalar(name, value, images)
 

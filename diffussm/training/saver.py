@@ -33,6 +33,7 @@ from diffussm.training.tensor_file import pack
 
 RETRY_SECONDS = 10  # between two tries to write
 LAST_TRIES = 3  # of a save that training waits for
+Score = Callable[[], dict[str, float]]
 OWNER, LATEST, BEST = "owner", "latest", "best"
 
 
@@ -73,7 +74,9 @@ class Saver:
         self._token = f"{cluster.host} {uuid.uuid4().hex} {self._attempt}"
         self._writer = cluster.from_main(self._take_over)
 
-    def save(self, meta: dict[str, Any], kinds: dict[str, list[Tensor]], wait: bool) -> None:
+    def save(
+        self, meta: dict[str, Any], kinds: dict[str, list[Tensor]], wait: bool, score: Score | None = None
+    ) -> None:
         """Begin to save a checkpoint; where the one before could not be written, or with ``wait``, end it, too.
 
         Collective: every rank calls it, and what it raises, it raises on every rank.
@@ -81,6 +84,7 @@ class Saver:
         Args:
             meta: JSON types; see :attr:`Checkpoint.meta`.
             kinds: flat tensors, laid out as the partition's masters.
+            score: computes further metrics of this checkpoint: rank 0's thread calls it before it publishes.
 
         Raises:
             UserError: the checkpoint cannot be written, or another process writes checkpoints to this place.
@@ -91,7 +95,7 @@ class Saver:
             {f"{kind}:{f.name}": f.of(flats) for kind, flats in kinds.items() for f in self._partition.fragments}
         )
         waiting = wait or bool(failed)
-        self._job = _Job(self, name, meta, content, LAST_TRIES if wait else 1 if failed else math.inf)
+        self._job = _Job(self, name, meta, score, content, LAST_TRIES if wait else 1 if failed else math.inf)
         if waiting and (failed := self.settle()):
             raise UserError(failed)
 
@@ -236,9 +240,11 @@ class _Job:
         outcome: once the thread has ended, what has failed, the same on all ranks; or "".
     """
 
-    def __init__(self, saver: Saver, name: str, meta: dict[str, Any], content: bytearray, tries: float) -> None:
+    def __init__(
+        self, saver: Saver, name: str, meta: dict[str, Any], score: Score | None, content: bytearray, tries: float
+    ) -> None:
         self._saver, self._cluster = saver, saver._cluster
-        self._name, self._meta, self._content, self._tries = name, meta, content, tries
+        self._name, self._meta, self._score, self._content, self._tries = name, meta, score, content, tries
         self.give_up = threading.Event()
         self.failing = False
         self.outcome = ""
@@ -261,6 +267,8 @@ class _Job:
         dist.all_gather_object(records, record, group=self._cluster.saving)
         problem = next((r for r in records if isinstance(r, str)), "")
         if self._cluster.is_main:
+            if self._score:
+                self._meta["metrics"] |= self._score()
             problem = problem or self._try(lambda: self._saver.publish(self._name, self._meta, records))
             if problem:
                 with contextlib.suppress(OSError, UserError):  # else the next start does it

@@ -22,7 +22,7 @@ from diffussm.training.partition import Partition
 GROUPS = ("dense", "ssm")  # of the optimizer
 RANGES = {"log_dt": "ssm/dt", "log_A_real": "ssm/decay"}  # SSM parameters that are logarithms, and their figures' names
 QUARTERS = 4  # of the timesteps
-ASIDE = ("save", "samples")  # parts that belong to no step
+ASIDE = ("save", "samples", "score")  # parts that belong to no step
 
 
 class LossMeter:
@@ -77,7 +77,7 @@ class StepClock:
     """Where this rank's time goes: ``with clock.part("forward"): ...``; it starts when it is made.
 
     On a GPU, parts take the time between two events on its stream, which only the record reads. The part "data" takes
-    the time that the host waits; so do "save" and "samples", which let the device finish its steps before they begin.
+    the time that the host waits; so do "save", "samples" and "score", which let the device finish its steps first.
 
     Args:
         device: that computes.
@@ -111,7 +111,7 @@ class StepClock:
     def means(self, steps: int) -> dict[str, float]:
         """time/PART_ms for each part, and time/step_ms, over the ``steps`` since the last record; begins anew.
 
-        The latter is the time that has passed, but for "save" and "samples".
+        The latter is the time that has passed, but for :data:`ASIDE`.
         """
         self._finish()
         for name, start, end in self._events:

@@ -10,6 +10,7 @@ import hashlib
 import math
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -43,9 +44,10 @@ from diffussm.training.hardware import peak_flops
 from diffussm.training.monitor import Monitor, duration
 from diffussm.training.partition import MOMENTS, Partition
 from diffussm.training.preemption import StopRequest
-from diffussm.training.previews import draw_grid
+from diffussm.training.previews import Painter, draw_grid
 from diffussm.training.resume import check_fit, find_checkpoint, load_weights, restore, weights_from
 from diffussm.training.saver import Saver
+from diffussm.training.scorer import Scorer
 from diffussm.training.skipped import Skipped
 from diffussm.training.telemetry import LossMeter, StepClock, gradient_norms, memory_figures, weight_figures
 from diffussm.training.watchdog import Watchdog
@@ -71,6 +73,7 @@ class Trainer:
         self.run = Path(config.run_dir)
         self.describe = f"rank {cluster.rank} on {cluster.host}"
         with Watchdog(train.hang_minutes, self.describe) as dog:
+            self.dog = dog
             dog.beat("the data set's index")
             self._open_data()
             ds_config = complete_ds_config(ds_config, train, cluster)
@@ -89,6 +92,17 @@ class Trainer:
                 train.ssm_backend = self._choose_ssm_backend(found, micro_batch, precision)
             dog.beat("the model")
             self._build(ds_config, found)
+            self.painter = Painter(
+                config,
+                self.codec,
+                self.shape,
+                self.num_classes,
+                cluster.device,
+                self.engine.torch_autocast_enabled(),
+            )
+            self.scorer = None
+            if config.score.every_images:
+                self.scorer = Scorer(config, self.painter, cluster, lambda what: self.dog.beat(what))
             self.saver = Saver(
                 checkpoints,
                 cluster,
@@ -125,7 +139,7 @@ class Trainer:
         store = open_store(data.path)
         self.index = index = Index.load(store)
         self.codec = codec_from_spec(index.codec, data.autoencoder)
-        if train.sample_images:
+        if train.sample_images or config.score.every_images:
             self.codec.load()  # what it lacks is not to show hours from now
         self.shape, self.num_classes = index.latent_shape, len(index.class_names)
         if math.prod(self.shape[1:]) % config.model.hourglass:
@@ -184,13 +198,14 @@ class Trainer:
                 if self.monitor:
                     self.monitor.progress(self.images)
                 end = self.images >= train.total_images or bool(stopping)
-                save = self.due(train.checkpoint_images) or end
+                scored = self.due(self.config.score.every_images)
+                save = self.due(train.checkpoint_images) or scored or end
                 if self.due(train.log_images) or save:  # a checkpoint holds no losses that wait for their record
                     self.log()
                 if self.due(train.sample_images):
                     self.draw_samples()
                 if save:
-                    self.save(wait=end)
+                    self.save(wait=end, score=self.score() if scored else None)
                 if stopping and self.images < train.total_images:
                     if self.monitor:
                         self.monitor.close()
@@ -305,13 +320,32 @@ class Trainer:
         self.dog.beat("samples")
         with self.clock.part("samples"):
             weights = self.ema.gather(self.config.train.ema_lengths[0])
-            bf16 = self.engine.torch_autocast_enabled()
-            picture = draw_grid(self.config, weights, self.codec, self.shape, self.num_classes, self.cluster, bf16)
+            picture = draw_grid(self.painter, weights, self.cluster)
             if self.monitor:
                 self.monitor.picture("samples", self.images, picture)
 
-    def save(self, wait: bool) -> None:
-        """Begin to publish a checkpoint, and with ``wait`` end that. Collective."""
+    def score(self) -> Callable[[], dict[str, float]] | None:
+        """Draw images with the first average and measure them. Collective; on rank 0 returns what computes the FID."""
+        with self.clock.part("score"):
+            distance = self.scorer.measure(self.ema.gather(self.config.train.ema_lengths[0]))
+        if distance is None:
+            return None
+        images, score = self.images, self.config.score
+
+        def finish() -> dict[str, float]:
+            value = distance()
+            self.monitor.scalars(images, {score.metric: value})
+            self.say(f"{images:,} images: {score.metric} {value:.2f}, of {score.images:,} samples")
+            return {score.metric: value}
+
+        return finish
+
+    def save(self, wait: bool, score: Callable[[], dict[str, float]] | None = None) -> None:
+        """Begin to publish a checkpoint, and with ``wait`` end that. Collective.
+
+        Args:
+            score: computes further metrics of it, in the background.
+        """
         self.dog.beat("a checkpoint")
         with self.clock.part("save"):
             meta = {
@@ -336,7 +370,7 @@ class Trainer:
             }
             kinds = {"weight": self.partition.masters} | {key: self.partition.moments(key) for key in MOMENTS}
             kinds |= {ema_kind(length): shadow for length, shadow in self.ema.shadows.items()}
-            self.saver.save(meta, kinds, wait)
+            self.saver.save(meta, kinds, wait, score)
 
     def say(self, line: str) -> None:
         if self.monitor:

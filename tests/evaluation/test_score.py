@@ -133,14 +133,14 @@ def test_features_that_are_not_finite(images: np.ndarray, block_means) -> None:
 
 def test_ones_and_zeros_are_no_images(images: np.ndarray, block_means) -> None:
     with pytest.raises(UserError, match="samples: the images hold nothing but 0 and 1"):
-        measure_stream([images // 255, images // 255], block_means, "samples")
+        measure_stream([images // 255, images // 255], block_means).check("samples")
 
 
 def test_a_stream_gives_the_figures_of_a_file(files, images: np.ndarray, block_means) -> None:
     real, samples = files
     expected = scored(real, samples, block_means)
-    reference = Reference.of(measure_stream([images[:50]], block_means, "real"))
-    measured = measure_stream(np.array_split(images[50:] // 2, 3), block_means, "samples")
+    reference = Reference.of(measure_stream([images[:50]], block_means))
+    measured = measure_stream(np.array_split(images[50:] // 2, 3), block_means)
     assert score(measured, reference, block_means) == pytest.approx(expected, rel=1e-6)
 
 
@@ -187,7 +187,7 @@ def test_ranks_real_above_blurred_above_noise(efficientnet: EfficientNetLite0) -
     noise = np.random.default_rng(0).integers(0, 256, real.shape, dtype=np.uint8)
 
     def measure(images: np.ndarray) -> Measured:
-        return measure_stream([images], efficientnet, "images")
+        return measure_stream([images], efficientnet)
 
     prepared = Reference.of(measure(reference))
     rows = [score(measure(images), prepared, efficientnet) for images in (real, blurred, noise)]
