@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import yaml
 
+from diffussm.autoencoders.rounding import Rounding
 from diffussm.config import SampleConfig
 from diffussm.data.store import open_store
 from diffussm.data.workers import Workers, from_first
@@ -38,6 +39,7 @@ class Request:
         classes: ids, which take turns; none for an unconditional model.
         random_classes: each image's class is one of them at random, by the seed and the image's number.
         precision: of the network: fp32, or bf16 by autocast. The sampler's own arithmetic is fp32.
+        rounding: of the pixels.
         count: images.
         batch: images at once.
         seed: of the noise.
@@ -57,6 +59,7 @@ class Request:
     guidance_channels: int | None = None
     random_classes: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
         steps, channels = self.checkpoint.meta["config"]["diffusion"]["steps"], self.checkpoint.meta["channels"]
@@ -80,6 +83,12 @@ class Request:
             return checkpoint.load_model(self.checkpoint, self.weights)
         torch.manual_seed(self.checkpoint.meta["config"]["train"]["seed"])
         return checkpoint.make_model(self.checkpoint.meta).eval()
+
+    def record(self) -> dict[str, Any]:
+        """How the images are drawn, for samples.json."""
+        settings = {key: getattr(self.settings, key) for key in ("sampler", "steps", "guidance")}
+        keys = "guidance_channels", "random_classes", "seed", "precision", "rounding"
+        return {"count": self.count, **settings, **{key: getattr(self, key) for key in keys}}
 
     def description(self) -> dict[str, Any]:
         """All that the images depend on, as JSON, wherever the checkpoint lies: its manifest tells what it is."""

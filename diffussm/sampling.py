@@ -105,7 +105,7 @@ def _draw_batch(request: Request, model: nn.Module, codec: Codec, progress: Prog
             device=device,
             progress=count_steps,
         )
-    return codec.decode(latents)
+    return codec.decode(latents, request.rounding)
 
 
 def publish(sets: dict[str, Parts], request: Request, out: Path, record: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 50,000 samples of a run's newest checkpoint, drawn by all GPUs, then scored by one.
+# 50,000 samples of a run's newest checkpoint, drawn and then scored by all GPUs.
 #
 #     export DIFFUSSM_RUN=/shared/runs/xl512 DIFFUSSM_REFERENCE=/shared/reference/imagenet512.npz
 #     sbatch launch/slurm_eval.sh
@@ -39,6 +39,6 @@ scoring=("$out/samples.npz")
 [ -z "${DIFFUSSM_REFERENCE:-}" ] || scoring+=(--reference "$DIFFUSSM_REFERENCE")
 draw_and_score() {
     ranks tools/sample.py "$DIFFUSSM_RUN" --count "${DIFFUSSM_COUNT:-50000}" --out "$out" "$@" || return
-    DIFFUSSM_SRUN="${DIFFUSSM_SRUN:-} --nodes=1 --ntasks=1" ranks tools/eval_fid.py "${scoring[@]}"
+    ranks tools/eval_fid.py "${scoring[@]}"
 }
 attempts draw_and_score "$@"

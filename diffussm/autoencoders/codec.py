@@ -9,6 +9,7 @@ import torch
 
 from diffussm.autoencoders.kl import AutoencoderKLCodec
 from diffussm.autoencoders.pixel import PixelCodec
+from diffussm.autoencoders.rounding import Rounding
 from diffussm.errors import UserError
 
 
@@ -27,7 +28,7 @@ class Codec(Protocol):
         """uint8 images [N, H, W, channels] → moments [N, C or 2C, h, w], not normalised."""
         ...
 
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
+    def decode(self, latents: torch.Tensor, rounding: Rounding = "nearest") -> np.ndarray:
         """Normalised latents [N, C, h, w] → uint8 images [N, H, W, channels]."""
         ...
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffussm.autoencoders.rounding import Rounding, to_uint8
 from diffussm.determinism import same_bits_each_time
 from diffussm.errors import UserError
 from diffussm.threads import map_batches
@@ -190,8 +191,8 @@ class AutoencoderKLCodec:
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu().numpy()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Normalised [N, C, h, w] → uint8 [N, size, size, 3], rounded to nearest.
+    def decode(self, latents: Tensor, rounding: Rounding = "nearest") -> np.ndarray:
+        """Normalised [N, C, h, w] → uint8 [N, size, size, 3].
 
         On a CPU one at a time: an image has the same bits in any batch.
 
@@ -205,7 +206,7 @@ class AutoencoderKLCodec:
         for rows in self._in_turn(len(latents), 1 if self.device_kind == "cpu" else PIXELS_AT_ONCE):
             z = latents[rows].to(self.device).float() / self.scale + self.shift
             pixels = (self._network.decode(z).sample.float() + 1) * 127.5
-            images[rows] = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            images[rows] = to_uint8(pixels, rounding).permute(0, 2, 3, 1).cpu().numpy()
         return images
 
     def _in_turn(self, count: int, pixels_at_once: int) -> list[slice]:

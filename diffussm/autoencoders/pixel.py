@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from diffussm.autoencoders.rounding import Rounding, to_uint8
 from diffussm.errors import UserError
 
 FACTOR = 2  # of the space-to-depth rearrangement: each 2×2 pixels become 4 channels
@@ -78,15 +79,15 @@ class PixelCodec:
         blocks = square.reshape(len(images), side, FACTOR, side, FACTOR, self.channels)
         return np.ascontiguousarray(blocks.transpose(0, 5, 2, 4, 1, 3)).reshape(len(images), channels, side, side)
 
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Normalised [N, 4 · channels, size/2, size/2] → uint8 [N, height, width, channels], rounded to nearest.
+    def decode(self, latents: torch.Tensor, rounding: Rounding = "nearest") -> np.ndarray:
+        """Normalised [N, 4 · channels, size/2, size/2] → uint8 [N, height, width, channels].
 
         Raises:
             UserError: the latents are of another shape.
         """
         if latents.shape[1:] != self.latent_shape:
             raise UserError(f"this pixel codec decodes {self.latent_shape}, got {tuple(latents.shape[1:])}")
-        pixels = (latents.float() / self.scale + self.shift).round().clamp(0, 255).to(torch.uint8)
+        pixels = to_uint8(latents.float() / self.scale + self.shift, rounding)
         square = functional.pixel_shuffle(pixels, FACTOR).permute(0, 2, 3, 1)
         top, left = self._corner
         return square[:, top : top + self.height, left : left + self.width].contiguous().cpu().numpy()

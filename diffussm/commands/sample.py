@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffussm.autoencoders.codec import codec_from_spec
+from diffussm.autoencoders.rounding import ROUNDINGS
 from diffussm.commands.common import Parser, emit_json
 from diffussm.config import Config, SampleConfig, from_dict
 from diffussm.data.workers import Workers
@@ -41,7 +42,7 @@ def sample(arguments: argparse.Namespace, workers: Workers) -> None:
     )
     request = Request(
         found, ema_kind(average), settings, classes, arguments.count, min(arguments.batch, PART), arguments.seed,
-        arguments.guidance_channels, arguments.classes == RANDOM, arguments.precision,
+        arguments.guidance_channels, arguments.classes == RANDOM, arguments.precision, arguments.rounding,
     )  # fmt: skip
     device = choose_device(workers.local_rank)
     codec = codec_from_spec(meta["codec"], arguments.autoencoder or config.data.autoencoder)
@@ -60,15 +61,8 @@ def sample(arguments: argparse.Namespace, workers: Workers) -> None:
             "images_seen": meta["images"],
             "weights": f"EMA of {average:,.0f} images",
             "data": {"path": config.data.path, "reference": config.data.reference},
-            "count": request.count,
             "classes": [meta["class_names"][c] for c in classes],
-            "random_classes": request.random_classes,
-            "sampler": settings.sampler,
-            "steps": settings.steps,
-            "guidance": settings.guidance,
-            "guidance_channels": request.guidance_channels,
-            "seed": request.seed,
-            "precision": request.precision,
+            **request.record(),
             **({"untrained": "untrained.npz"} if arguments.untrained else {}),
             "images_per_second": images_per_second,
         }
@@ -108,6 +102,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="image i is a function of it (default: 0)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help=f"images at once, to {PART} (default: 32)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)")
+    rounding = "of pixels: to the nearest as DiT, or down as ADM (default: nearest)"
+    parser.add_argument("--rounding", choices=ROUNDINGS, default="nearest", help=rounding)
     parser.add_argument("--autoencoder", metavar="ID", help="hub id or folder of its weights (default: the run's)")
     parser.add_argument("--untrained", action="store_true", help="also draw from the untrained model, for comparison")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's; the environment's counts

@@ -59,6 +59,7 @@ def test_decode_rounds_to_nearest_and_clamps() -> None:
     values = torch.tensor([-1.5, (100.4 - 127.5) / 127.5, (100.6 - 127.5) / 127.5, 1.2])
     assert codec.decode(values.view(1, 4, 1, 1)).ravel().tolist() == [0, 100, 101, 255]
     assert codec.decode(values.view(1, 4, 1, 1).bfloat16()).ravel().tolist() == [0, 100, 101, 255]
+    assert codec.decode(values.view(1, 4, 1, 1), "down").ravel().tolist() == [0, 100, 100, 255]
 
 
 def test_spec_makes_the_same_codec() -> None:

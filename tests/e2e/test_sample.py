@@ -62,12 +62,15 @@ def test_an_image_is_a_function_of_seed_and_number(trained, tmp_path, monkeypatc
         ("other sampler", "--count", 6, "--sampler", "ddim"),
         ("dpm++", "--count", 6, "--sampler", "dpm++"),
         ("bf16", "--count", 6, "--precision", "bf16"),
+        ("rounded down", "--count", 6, "--rounding", "down"),
     ):
         call(monkeypatch, trained, "--out", tmp_path / name, *arguments)
     whole = images(tmp_path / "whole")
     for name in ("batches of four", "one by one", "fewer"):
         assert (images(tmp_path / name) == whole[: 3 if name == "fewer" else 6]).all(), name
     assert (images(tmp_path / "fewer, guided") == images(tmp_path / "guided")[:3]).all()
+    lost = whole.astype(int) - images(tmp_path / "rounded down")
+    assert set(np.unique(lost)) == {0, 1} and 0.3 < lost[(whole > 0) & (whole < 255)].mean() < 0.7
     assert np.abs(images(tmp_path / "bf16").astype(int) - whole).mean() < 2
     for name in ("other seed", "guided", "other sampler", "dpm++", "bf16"):
         assert (images(tmp_path / name) != whole).any(), name
