@@ -84,6 +84,11 @@ class Request:
         torch.manual_seed(self.checkpoint.meta["config"]["train"]["seed"])
         return checkpoint.make_model(self.checkpoint.meta).eval()
 
+    def identity(self, device: torch.device, untrained: bool) -> str:
+        """Differs between requests for different images."""
+        what = {**self.description(), "device": device.type, "untrained": untrained}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
     def record(self) -> dict[str, Any]:
         """How the images are drawn, for samples.json."""
         settings = {key: getattr(self.settings, key) for key in ("sampler", "steps", "guidance")}

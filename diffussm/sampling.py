@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import shutil
 import time
@@ -25,7 +26,7 @@ from diffussm.sample_parts import Parts
 from diffussm.sample_request import Request
 from diffussm.threads import map_batches
 
-PARTS = "parts"
+PARTS, RECORD, GRID = "parts", "samples.json", "grid.png"
 GRID_PER_CLASS, GRID_UNCONDITIONAL, GRID_CLASSES = 10, 64, 20  # images shown
 
 
@@ -108,18 +109,29 @@ def _draw_batch(request: Request, model: nn.Module, codec: Codec, progress: Prog
     return codec.decode(latents, request.rounding)
 
 
+def drawn_before(out: Path, identity: str) -> dict[str, Any] | None:
+    """The record of samples that are there already, if they are those of ``identity``."""
+    try:
+        record = json.loads((out / RECORD).read_text())
+        files = [record[name] for name in ("samples", "untrained") if name in record]
+        whole = record["identity"] == identity and all((out / file).is_file() for file in (*files, GRID))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return record if whole else None
+
+
 def publish(sets: dict[str, Parts], request: Request, out: Path, record: dict[str, Any]) -> None:
     """Make NAME.npz of each set's parts, grid.png and, last, samples.json; then remove the parts.
 
     Raises:
         UserError: a part is missing or damaged.
     """
-    (out / "samples.json").unlink(missing_ok=True)  # it describes the images that are about to be replaced
+    (out / RECORD).unlink(missing_ok=True)  # it describes the images that are about to be replaced
     labels = request.labels(range(request.count))
     for title, parts in sets.items():
         parts.merge(out / f"{title}.npz", labels)
-    save_png(out / "grid.png", class_rows(sets["samples"], labels, shown_classes(request)))
-    write_json(out / "samples.json", record)
+    save_png(out / GRID, class_rows(sets["samples"], labels, shown_classes(request)))
+    write_json(out / RECORD, record)
     shutil.rmtree(out / PARTS)
 
 

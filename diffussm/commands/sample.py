@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from diffussm.autoencoders.codec import codec_from_spec
 from diffussm.autoencoders.rounding import ROUNDINGS
 from diffussm.commands.common import Parser, emit_json
 from diffussm.config import Config, SampleConfig, from_dict
-from diffussm.data.workers import Workers
+from diffussm.data.workers import Workers, from_first
 from diffussm.diffusion.samplers import SAMPLERS
 from diffussm.sample_parts import PART
 from diffussm.sample_request import RANDOM, Request, chosen_classes, find_checkpoint, samples_folder
-from diffussm.sampling import draw, publish, shown_classes
+from diffussm.sampling import draw, drawn_before, publish, shown_classes
 from diffussm.training.checkpoint import ema_kind
 from diffussm.training.cluster import choose_device
 from diffussm.training.workers import join
@@ -49,6 +50,11 @@ def sample(arguments: argparse.Namespace, workers: Workers) -> None:
     codec.load()
 
     out = arguments.out or samples_folder(arguments.source, found)
+    identity = request.identity(device, arguments.untrained)
+    if from_first(workers, "drawn before", lambda: drawn_before(out, identity) is not None):
+        if workers.rank == 0:
+            report(arguments, request, out, drawn_before(out, identity))
+        return
     samples, images_per_second = draw(request, codec, device, out, "samples", workers)
     sets = {"samples": samples}
     if arguments.untrained:  # it predicts 0 for every class: guidance would change nothing
@@ -65,15 +71,21 @@ def sample(arguments: argparse.Namespace, workers: Workers) -> None:
             **request.record(),
             **({"untrained": "untrained.npz"} if arguments.untrained else {}),
             "images_per_second": images_per_second,
+            "identity": identity,
         }
         publish(sets, request, out, record)
-        if arguments.json != "-":
-            print(f"{request.count} images of {found} (after {meta['images']:,}), {settings.sampler}, {settings.steps}")
-            print(f"steps, guidance {settings.guidance:g}: {images_per_second:.1f} images/s")
-            for row, c in enumerate(shown_classes(request)):
-                print(f"  row {row + 1:2}  {meta['class_names'][c]}")
-            print(f"  {out / 'samples.npz'}\n  {out / 'grid.png'}")
-        emit_json(arguments.json, record)
+        report(arguments, request, out, record)
+
+
+def report(arguments: argparse.Namespace, request: Request, out: Path, record: dict[str, Any]) -> None:
+    if arguments.json != "-":
+        meta, settings = request.checkpoint.meta, request.settings
+        print(f"{request.count} images of {request.checkpoint} (after {meta['images']:,}), {settings.sampler},")
+        print(f"{settings.steps} steps, guidance {settings.guidance:g}: {record['images_per_second']:.1f} images/s")
+        for row, c in enumerate(shown_classes(request)):
+            print(f"  row {row + 1:2}  {meta['class_names'][c]}")
+        print(f"  {out / 'samples.npz'}\n  {out / 'grid.png'}")
+    emit_json(arguments.json, record)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -189,3 +189,18 @@ def test_a_part_that_is_lost_or_damaged_is_named(tmp_path):
         with pytest.raises(UserError, match=r"part-00001.npy cannot be read .* run the same command again"):
             parts.merge(tmp_path / "samples.npz", None)
     assert not (tmp_path / "samples.npz").exists()
+
+
+def test_what_is_drawn_already_is_not_drawn_again(trained, tmp_path, monkeypatch, capsys):
+    arguments = trained, "--out", tmp_path, "--count", 3, "--sampler", "ddim"
+
+    def draw(*more: object) -> tuple[int, str]:
+        call(monkeypatch, *arguments, *more)
+        return (tmp_path / "samples.npz").stat().st_ino, capsys.readouterr().out
+
+    first, said = draw()
+    assert draw() == (first, said)
+    assert draw("--seed", 1)[0] != first
+    again, _ = draw()
+    (tmp_path / "samples.npz").unlink()
+    assert draw()[0] != again and images(tmp_path).shape == (3, 16, 16, 3)
