@@ -25,6 +25,7 @@ pytestmark = pytest.mark.unit
 # shape of its kernel and the figures() of its output after batch norm and ReLU; of the features, every 97th number;
 # of the resized images [N, H, W, C] every 9973th.
 PORT = json.loads(Path(__file__).with_name("inception_port.json").read_text())
+TENSORFLOW = json.loads(Path(__file__).with_name("tensorflow_resize.json").read_text())
 
 
 def edges() -> np.ndarray:
@@ -119,6 +120,14 @@ def by_the_formula(images: np.ndarray, size: int) -> np.ndarray:
             below = images[:, bottom, left] * (left + 1 - x) + images[:, bottom, right] * (x - left)
             out[:, row, column] = above * (top + 1 - y) + below * (y - top)
     return out
+
+
+@pytest.mark.parametrize("case", ["edges", "noise"])  # enlarged, and shrunk
+def test_resizes_as_tensorflow_does_to_the_last_bit(case: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1, 512, 384, 3)).astype(np.uint8)
+    images = {"edges": edges(), "noise": noise}[case]
+    found = resize(torch.from_numpy(images).float(), 299)
+    assert torch.equal(found.flatten()[::9973], torch.tensor(TENSORFLOW[case]))
 
 
 def test_resizes_as_the_port_does_to_the_last_bit() -> None:
