@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from diffussm.errors import UserError
 
 NEIGHBOURS = 3
 MAX_REFERENCE = 10_000  # images that ADM compares with; precision and recall depend on their number
 BLOCK_ELEMENTS = 1 << 25  # distances held at once
+SHOWN_AFTER = 5.0  # seconds
 
 
 def precision_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
@@ -50,7 +52,8 @@ def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Squared distances of points [N, D] to points [M, D], by blocks: a slice of N, and its distances [rows, M]."""
     b_norms = b.square().sum(1)
     block = max(1, BLOCK_ELEMENTS // len(b))
-    for start in range(0, len(a), block):
+    starts = range(0, len(a), block)
+    for start in tqdm(starts, "precision and recall", unit="block", delay=SHOWN_AFTER, leave=False):
         rows = slice(start, start + block)
         norms = a[rows].square().sum(1, keepdim=True) + b_norms
         yield rows, torch.addmm(norms, a[rows], b.T, alpha=-2).clamp_(min=0)
