@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from diffussm.models.s4d import BiSSM
 
-FEWEST_ROWS = 8  # of a product, from which on an image's bits are those that it has in any larger batch
-
 
 def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """adaLN: x · (1 + scale) + shift, with one shift and scale for all positions of an image."""
@@ -26,17 +24,6 @@ class IntoChannels(nn.Linear):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return torch.addmm(self.bias.unsqueeze(1), self.weight, x_TD.t())
-
-
-class ConditionLinear(nn.Linear):
-    """Linear over one row an image, [B, in] → [B, out], whose rows do not depend on how many there are.
-
-    Matrix libraries sum the products of fewer than 4 rows in another order: such are padded. It costs next to nothing.
-    """
-
-    def forward(self, x_BD: Tensor) -> Tensor:
-        missing = max(0, FEWEST_ROWS - len(x_BD))
-        return super().forward(F.pad(x_BD, (0, 0, 0, missing)))[: len(x_BD)]
 
 
 class MixAndDown(nn.Module):
@@ -103,7 +90,7 @@ class HourglassBlock(nn.Module):
         super().__init__()
         self.hourglass = hourglass
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.modulation = ConditionLinear(width, 3 * width)
+        self.modulation = nn.Linear(width, 3 * width)
         self.w0 = nn.Linear(width, width)
         self.w_up = IntoChannels(width, hourglass * width)  # the M matrices W_up[k], one under the other
         self.ssm = BiSSM(width, state)
@@ -113,12 +100,15 @@ class HourglassBlock(nn.Module):
         self.w3 = nn.Linear(2 * width, width)
 
     def forward(self, x_BJD: Tensor, condition_BD: Tensor) -> Tensor:
-        """One residual step at length J = L/M; ``condition_BD`` is the embedding of timestep and class."""
+        """One residual step at length J = L/M.
+
+        ``condition_BD`` is the embedding of timestep and class; rows beyond the batch are padding.
+        """
         # Measured on a CPU and slower: even and odd positions by spectra of their own in place of the interleaving
         # (1-20 % of the convolution), W0 and W1 as one product with one GELU (3-9 % of the block's training step), the
         # gated product keeping only what goes into its GELUs (0-7 %).
         batch, short, width = x_BJD.shape
-        shift_BD, scale_BD, gate_BD = self.modulation(F.silu(condition_BD)).chunk(3, dim=-1)
+        shift_BD, scale_BD, gate_BD = self.modulation(F.silu(condition_BD))[:batch].chunk(3, dim=-1)
         i_BJD = modulate(self.norm(x_BJD), shift_BD, scale_BD)
         h_TD = gelu(self.w0(i_BJD)).flatten(0, 1)
         u_MDBJ = gelu(self.w_up(h_TD)).view(self.hourglass, width, batch, short)

@@ -11,15 +11,13 @@ from torch import nn
 
 from diffussm.config import TrainConfig
 from diffussm.errors import UserError
-from diffussm.models.block import ConditionLinear, IntoChannels, MixAndDown
+from diffussm.models.block import IntoChannels, MixAndDown
 from diffussm.training.cluster import Cluster
 from diffussm.training.hardware import multiplies_bf16
 from diffussm.training.optimizer import NormedAdamW
 
 # Under torch_autocast DeepSpeed sends the gradients of these in bf16, and all others, the state space's, in fp32.
-LOW_PRECISION_MODULES = [
-    f"{cls.__module__}.{cls.__qualname__}" for cls in (nn.Linear, ConditionLinear, IntoChannels, MixAndDown)
-]
+LOW_PRECISION_MODULES = [f"{cls.__module__}.{cls.__qualname__}" for cls in (nn.Linear, IntoChannels, MixAndDown)]
 
 OFFLOADED = ("optimizer", "param")
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffussm.models import block
+from diffussm.models import diffussm as network
 from diffussm.models.diffussm import DiffuSSM, ModelConfig
 from diffussm.models.macs import (
     DIT_SIZES,
@@ -52,7 +52,7 @@ DIT_PARTS = {
 @pytest.fixture(autouse=True)
 def no_padding(monkeypatch):
     """Rows that are added to a product of few images' conditions are no MACs of the network's."""
-    monkeypatch.setattr(block, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(network, "ROWS", 1)
 
 
 class CountByWeight(TorchDispatchMode):
