@@ -37,6 +37,7 @@ def arguments(data: Path, run: Path, **overrides: object) -> list[str]:
         "train.total_images": IMAGES,
         "train.global_batch": BATCH,
         "train.micro_batch": 2,
+        "train.precision": "fp32",  # whatever the processor multiplies
         "train.ssm_backend": "fft",  # runs are compared bit for bit: none may time its own choice
         "train.lr": 1e-2,
         "train.ssm_lr": 5e-3,

@@ -31,7 +31,6 @@ def test_two_ranks_score_as_the_tools_do(shades: Path, tmp_path: Path) -> None:
     settings = {
         "score.every_images": 32,
         "score.images": COUNT,
-        "train.precision": "fp32",  # as the tools draw
         "score.steps": 3,
         "score.batch": 7,
         "score.guidance": 1.5,
