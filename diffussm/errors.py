@@ -45,7 +45,8 @@ def needs(what: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UserError(f"{what} needs {error.name}: pip install 'diffussm[{extra}]'") from error
+        package = (error.name or "").partition(".")[0]
+        raise UserError(f"{what} needs {package}: pip install 'diffussm[{extra}]'") from error
 
 
 def fail(message: str) -> NoReturn:
