@@ -133,7 +133,9 @@ def test_the_extra_train_trains_by_the_name_of_a_deepspeed_config(install, run_i
 
 def test_types_arrive_from_the_wheel(install, tmp_path):
     example = Path(__file__).parent / "typed_example.py"
-    (tmp_path / "mypy.ini").write_text("[mypy]\nwarn_unused_ignores = True\n[mypy-torch.*]\nfollow_imports = skip\n")  # 20 s
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nwarn_unused_ignores = True\n[mypy-torch.*]\nfollow_imports = skip\n"
+    )  # 20 s
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--python-version", "3.10"]
     target = [f"--python-executable={install() / 'python'}", str(example)]
     environment = {key: value for key, value in runs.environment().items() if key != "PYTHONPATH"}

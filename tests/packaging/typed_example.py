@@ -6,8 +6,11 @@ import torch
 from typing_extensions import assert_type
 
 from diffussm.autoencoders.codec import Codec, codec_from_spec
+from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.config import Config, parse
 from diffussm.data.index import Index
+from diffussm.data.sources import ImageSource
+from diffussm.data.sources.folder import FolderImages
 from diffussm.data.store import Store, open_store
 from diffussm.diffusion.generate import generate
 from diffussm.diffusion.schedule import Schedule
@@ -40,6 +43,8 @@ generate(model, Schedule.linear(), (4, 8, 8), range(16), labels=None)  # type: i
 checkpoint = Checkpoint.at(Path("runs/a/checkpoints/step"))
 assert_type(load_model(checkpoint), DiffuSSM)
 assert_type(codec_from_spec(checkpoint.meta["codec"]), Codec)
+codec: Codec = PixelCodec(28, 28, 1)
+source: ImageSource = FolderImages("photos", 256, "adm")
 assert_type(parse(["--config", "fashion32"]).config, Config)
 assert_type(open_store("data/x"), Store)
 assert_type(Index.load(open_store("data/x")), Index)
