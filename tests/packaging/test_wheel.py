@@ -22,6 +22,27 @@ OPTIONAL = (
     "matplotlib", "mpi4py", "psutil", "pytest", "scipy", "tensorboard", "urllib3", "webdataset",
 )  # fmt: skip
 NEED_THEM = {f"diffussm.data.{name}" for name in ("compat", "s3", "s3_errors", "s3_requests", "s3_transfer")}
+IMPORT_ALL = """
+import diffussm, importlib, pkgutil
+for module in pkgutil.walk_packages(diffussm.__path__, "diffussm."):
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        print(module.name, error.name)
+print(diffussm.__file__)
+"""
+CALL_FOR_HELP = """
+import importlib.metadata, sys
+for command in importlib.metadata.distribution("diffussm").entry_points:
+    sys.argv = [command.name, "--help"]
+    print(f"\\n= {command.name}", flush=True)
+    try:
+        command.load()()
+    except SystemExit as exit:
+        assert exit.code == 0
+    except ModuleNotFoundError as error:
+        print("missing", error.name)
+"""
 LOOK = f"import importlib.util; print([name for name in {OPTIONAL} if importlib.util.find_spec(name)])"
 
 
@@ -62,32 +83,22 @@ def test_samples_of_the_base_install_are_those_of_a_checkout(install, run_in, tr
 
 
 def test_every_module_but_those_of_s3_and_webdataset_is_imported_by_the_base_install(install, run_in):
-    code = (
-        "import diffussm, importlib, pkgutil\n"
-        "for module in pkgutil.walk_packages(diffussm.__path__, 'diffussm.'):\n"
-        "    try: importlib.import_module(module.name)\n"
-        "    except ModuleNotFoundError as error: print(module.name, error.name)\n"
-        "print(diffussm.__file__)"
-    )
-    *failed, file = run_in(install(), "python", "-c", code).stdout.splitlines()
+    *failed, file = run_in(install(), "python", "-c", IMPORT_ALL).stdout.splitlines()
     assert file.startswith(str(install().parent))
     assert {line.split()[0] for line in failed} == NEED_THEM
     assert {line.split()[1].split(".")[0] for line in failed} <= set(OPTIONAL)
 
 
+def test_the_extras_together_suit_the_versions_that_are_tested_and_import_every_module(install, run_in):
+    bin = install("demo", "mpi", "s3", "lsun", "hub", "plot", "dev")
+    done = run_in(bin, "python", "-c", IMPORT_ALL)
+    assert len(done.stdout.splitlines()) == 1, done.stdout
+    assert run_in(bin, "python", "-c", LOOK).stdout == f"{list(OPTIONAL)}\n"
+
+
 def test_every_command_tells_its_name_and_an_example_without_any_extra(install, run_in):
     bin = install()
-    code = (
-        "import sys, importlib.metadata, importlib.util\n"
-        "from diffussm import console\n"
-        "for command in importlib.metadata.distribution('diffussm').entry_points:\n"
-        "    sys.argv = [command.name, '--help']\n"
-        "    print(f'\\n= {command.name}', flush=True)\n"
-        "    try: command.load()()\n"
-        "    except SystemExit as exit: assert exit.code == 0\n"
-        "    except ModuleNotFoundError as error: print('missing', error.name)"
-    )
-    done = run_in(bin, "python", "-c", code)
+    done = run_in(bin, "python", "-c", CALL_FOR_HELP)
     assert done.returncode == 0, done.stderr
     helps = dict(text.split("\n", 1) for text in done.stdout.split("\n= ")[1:])
     if helps["diffussm-convert"].strip() == "missing diffussm.commands.convert_checkpoint":
