@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Goal, Report, interleaved, make_parser
-from diffussm.evaluation.frechet import Gaussian, Moments, frechet_distance
+from diffussm.evaluation.frechet import Gaussian, frechet_distance
 
 FASTER = 2.0  # than the textbook, at least
 APART = 1e-6  # relatively, at most
@@ -71,8 +71,7 @@ def draw(count: int, size: int, seed: int) -> Tensor:
 
 def moments(samples: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance."""
-    found = Moments(samples.shape[1])
-    found.update(samples)
+    found = Gaussian.of_samples(samples)
     return found.mean, found.covariance
 
 

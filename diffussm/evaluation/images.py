@@ -1,72 +1,79 @@
-"""Sets of images to score, and what they are compared with: sample files, reference files, encoded data sets."""
+"""Sets of images to score or to compare with: .npz files of ADM's layout, folders of image files, encoded data sets.
+
+Each is read by numbers, so that any number of processes can share it and none holds all of it.
+"""
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
 
 from diffussm.autoencoders.codec import codec_from_spec
-from diffussm.data.index import Index
+from diffussm.data.index import INDEX_NAME, Index
 from diffussm.data.order import random_permutation
 from diffussm.data.reader import SampleReader
+from diffussm.data.sources.base import BadImage
+from diffussm.data.sources.folder import image_files
+from diffussm.data.sources.resize import SUFFIXES, read_image
 from diffussm.data.store import open_store
 from diffussm.errors import UserError
+from diffussm.evaluation.npz import DAMAGE, check_npz, is_npz, map_array
 
 SUBSET_SEED = 0  # fixed: the same subset at every call, so that figures repeat
-DECODE_BATCH = 256
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-DAMAGE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # what NumPy raises on it
 
 
-@dataclass(frozen=True)
-class ReferenceStatistics:
-    """Moments of a whole data set's features, in the layout of ADM's reference files."""
+class ImageSet(Protocol):
+    """RGB images that are read by their numbers.
 
-    path: str
-    mean: Tensor  # [D]
-    covariance: Tensor  # [D, D]
-    spatial_mean: Tensor  # [S]
-    spatial_covariance: Tensor  # [S, S]
-    images: np.ndarray | None  # [N, H, W, C] of the data set, for precision and recall
+    Attributes:
+        name: its path.
+        identity: differs from that of a set of other images.
+    """
+
+    name: str
+    identity: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """uint8 [len(numbers), H, W, 3]. May be called by several threads at once.
+
+        Raises:
+            UserError: one of them is damaged, or unlike the others.
+        """
+        ...
+
+    def check(self) -> None:
+        """Find damage that reading would not show. UserError where there is some."""
+        ...
 
 
-def read_images(path: str | Path, limit: int | None = None) -> np.ndarray:
-    """uint8 images [N, H, W, 1 or 3] of an ``.npz`` with ``arr_0`` (ADM's layout) or of an encoded data set.
+def open_images(path: str | Path, limit: int | None = None, size: int | None = None) -> ImageSet:
+    """The images of an ``.npz`` (``arr_0``, as ADM has it), of a folder of image files, or of an encoded data set.
 
     Args:
         limit: of more images, a random subset of this many; the same one at every call.
+        size: bring a folder's images to this side as `tools/encode_latents.py` does, as ADM did: crop the centre, make
+            colours RGB. Without it they are taken as they are, and must be RGB and all of one size.
 
     Raises:
         UserError: it cannot be read, or does not hold such images.
     """
-    if _is_npz(path):
-        images = _check_images(path, _read_npz(path, "arr_0"))
-        return images if limit is None else images[random_subset(len(images), limit)]
-    return _decode_images(path, limit)
-
-
-def read_reference(path: str | Path, limit: int) -> np.ndarray | ReferenceStatistics:
-    """Images as of :func:`read_images`, or, of an ``.npz`` with ``mu``, the statistics of a data set's features.
-
-    Raises:
-        UserError: it cannot be read, or holds neither.
-    """
-    if not (_is_npz(path) and "mu" in _npz_keys(path)):
-        return read_images(path, limit)
-    mean, covariance, spatial_mean, spatial_covariance = (_read_moments(path, key) for key in STATISTICS)
-    for mu, sigma in ((mean, covariance), (spatial_mean, spatial_covariance)):
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise UserError(
-                f"{path}: a mean of {tuple(mu.shape)} does not go with a covariance of {tuple(sigma.shape)}"
-            )
-    images = read_images(path, limit) if "arr_0" in _npz_keys(path) else None
-    return ReferenceStatistics(str(path), mean, covariance, spatial_mean, spatial_covariance, images)
+    if is_npz(path):
+        images: ImageSet = NpzImages(path)
+    elif "://" not in str(path) and Path(path).is_dir() and not (Path(path) / INDEX_NAME).exists():
+        images = FolderImages(path, size)
+    else:
+        images = EncodedImages(path)
+    if size is not None and not isinstance(images, FolderImages):
+        raise UserError(f"--size {size} is for folders of image files, which {path} is not")
+    return images if limit is None or len(images) <= limit else Subset(images, random_subset(len(images), limit))
 
 
 def random_subset(count: int, limit: int) -> np.ndarray:
@@ -76,67 +83,149 @@ def random_subset(count: int, limit: int) -> np.ndarray:
     return random_permutation(np.random.Philox(SUBSET_SEED), count)[:limit]
 
 
-def _decode_images(path: str | Path, limit: int | None) -> np.ndarray:
-    store = open_store(path)
-    index = Index.load(store)
-    if index.posterior:
-        raise UserError(
-            f"{path} holds latents of a lossy autoencoder, whose decoded images are not the real ones: "
-            f"give an .npz of the images, or a reference file"
-        )
-    codec, reader = codec_from_spec(index.codec), SampleReader(store, index)
-    ids = random_subset(len(index), len(index) if limit is None else limit)
-    batches = []
-    for start in range(0, len(ids), DECODE_BATCH):
-        latents, _ = reader.read(ids[start : start + DECODE_BATCH])
-        latents = torch.from_numpy(latents.astype(np.float32))
-        batches.append(codec.decode((latents - index.shift) * index.scale))
-    return _check_images(path, np.concatenate(batches))
+class Subset:
+    """Some of a set's images, in the order of ``numbers``."""
+
+    def __init__(self, images: ImageSet, numbers: np.ndarray) -> None:
+        self.name, self.identity = images.name, f"{images.identity} {_digest(numbers.tobytes())}"
+        self.check = images.check
+        self._images, self._numbers = images, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def read(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self._images.read(self._numbers[np.asarray(numbers)])
 
 
-def _check_images(path: str | Path, images: np.ndarray) -> np.ndarray:
-    if images.dtype != np.uint8:
-        raise UserError(f"{path}: the images are {images.dtype}, not uint8 from 0 to 255")
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        raise UserError(f"{path}: the images are of shape {images.shape}, not [N, height, width, 1 or 3]")
-    if images.max() <= 1:
-        raise UserError(f"{path}: the images hold nothing but 0 and 1: scale them to 0..255 before making them uint8")
-    return images
+class NpzImages:
+    """``arr_0`` of an .npz: uint8 [N, H, W, 3]. Only what is read of it is in memory, unless it is compressed."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.name = str(path)
+        state = Path(path).stat() if Path(path).is_file() else None
+        self.identity = f"{Path(path).resolve()} {state and (state.st_size, state.st_mtime_ns)}"
+        self._images = map_array(path, "arr_0")
+        shape, dtype = self._images.shape, self._images.dtype
+        if dtype != np.uint8:
+            raise UserError(f"{path}: the images are {dtype}, not uint8 from 0 to 255")
+        if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
+            raise UserError(f"{path}: the images are grey, {shape}: where that is meant, repeat them to 3 channels")
+        if len(shape) == 4 and shape[3] == 4:
+            raise UserError(f"{path}: the images have 4 channels, {shape}: drop the transparency (alpha)")
+        if len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            raise UserError(f"{path}: the images are of shape {shape}, not [N, height, width, 3]")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        return np.array(self._images[np.asarray(numbers)])
+
+    def check(self) -> None:
+        check_npz(self.name, "arr_0")
 
 
-def _read_moments(path: str | Path, key: str) -> Tensor:
-    values = _read_npz(path, key)
-    if values.dtype.kind != "f" or not np.isfinite(values).all():
-        raise UserError(f"{path}: {key} is not an array of finite floating-point numbers")
-    return torch.from_numpy(values.astype(np.float64))
+class FolderImages:
+    """The image files of a folder and its sub-folders, in the order of their names."""
 
+    def __init__(self, path: str | Path, size: int | None) -> None:
+        self.name, self._size, self._root = str(path), size, Path(path)
+        files = sorted(image_files(self._root))
+        if not files:
+            raise UserError(
+                f"{path} holds neither images ({', '.join(SUFFIXES)}) nor an encoded data set ({INDEX_NAME})"
+            )
+        self._files = [self._root / name for name, _ in files]
+        self.identity = f"{self._root.resolve()} {size} {_digest(repr(files).encode())}"
+        self._shape = self._load(self._files[0]).shape
 
-def _is_npz(path: str | Path) -> bool:
-    return Path(path).suffix == ".npz" or Path(path).is_file()
+    def __len__(self) -> int:
+        return len(self._files)
 
+    def read(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        return np.stack([self._load_alike(self._files[number]) for number in numbers])
 
-def _npz_keys(path: str | Path) -> list[str]:
-    with _open_npz(path) as file:
-        return file.files
+    def check(self) -> None:
+        """Reading shows it all."""
 
+    def _load_alike(self, file: Path) -> np.ndarray:
+        image = self._load(file)
+        if image.shape != self._shape:
+            sizes = (f"{shape[1]}×{shape[0]}" for shape in (image.shape, self._shape))
+            raise UserError(f"{file} is {' and not '.join(sizes)} as {self._files[0].name}: --size N makes them alike")
+        return image
 
-def _read_npz(path: str | Path, key: str) -> np.ndarray:
-    with _open_npz(path) as file:
-        if key not in file.files:
-            raise UserError(f"{path} has no {key}, only {', '.join(file.files) or 'nothing'}")
+    def _load(self, file: Path) -> np.ndarray:
         try:
-            return file[key]
-        except (*DAMAGE, MemoryError):
-            raise UserError(f"{path}: {key} is damaged, pickled, or larger than memory: write it again") from None
+            if self._size is not None:
+                return read_image(file, self._size, "adm")
+            with Image.open(file) as image:
+                if image.mode == "RGB" and not image.has_transparency_data:
+                    return np.asarray(image)
+                kind = (
+                    "transparent" if image.has_transparency_data else "grey" if image.mode[0] in "L1IF" else "coloured"
+                )
+            raise UserError(f"{file} is {kind} ({image.mode}), not RGB: convert it, or let --size N do so")
+        except BadImage as problem:
+            raise UserError(f"{file} cannot be decoded: {problem}") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{file} cannot be decoded: {' '.join(str(error).split())}") from None
 
 
-def _open_npz(path: str | Path) -> np.lib.npyio.NpzFile:
-    if not Path(path).is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        file = np.load(path, allow_pickle=False)
-    except DAMAGE:
-        file = None
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise UserError(f"{path} is not an .npz file, or a damaged one: numpy.savez({str(path)!r}, images) writes one")
-    return file
+class EncodedImages:
+    """The decoded images of a data set that was encoded without loss."""
+
+    def __init__(self, path: str | Path) -> None:
+        store = open_store(path)
+        index = Index.load(store)
+        if index.posterior:
+            raise UserError(
+                f"{path} holds latents of a lossy autoencoder, whose decoded images are not the real ones: "
+                f"give an .npz of the images, a folder of them, or a reference file"
+            )
+        self.name, self.identity = str(path), index.hash
+        self._index, self._codec, self._reader = index, codec_from_spec(index.codec), SampleReader(store, index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def read(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        moments, _ = self._reader.read(np.asarray(numbers))
+        latents = torch.from_numpy(moments.astype(np.float32))
+        images = self._codec.decode((latents - self._index.shift) * self._index.scale)
+        return images if images.shape[3] == 3 else images.repeat(3, axis=3)
+
+    def check(self) -> None:
+        """Reading shows it all."""
+
+
+def read_stream(file: IO[bytes], name: str) -> Iterator[np.ndarray]:
+    """The arrays uint8 [n, H, W, 3] that ``numpy.save`` has written one after another into a pipe.
+
+    Raises:
+        UserError: something else comes, or the pipe breaks off within an array.
+    """
+    while first := file.read(1):
+        try:
+            images = np.lib.format.read_array(_Rest(first, file), allow_pickle=False)
+        except (*DAMAGE, MemoryError) as error:
+            raise UserError(f"{name}: array after array by numpy.save is to come, not this: {error}") from None
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+            raise UserError(f"{name}: images are uint8 [n, height, width, 3], not {images.dtype} {images.shape}")
+        yield images
+
+
+class _Rest:
+    """A pipe whose first byte was read already."""
+
+    def __init__(self, first: bytes, file: IO[bytes]) -> None:
+        self._first, self._file = first, file
+
+    def read(self, size: int) -> bytes:
+        first, self._first = self._first[:size], self._first[size:]
+        return first + self._file.read(size - len(first))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

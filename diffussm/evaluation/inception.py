@@ -22,7 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from diffussm.errors import UserError
-from diffussm.evaluation.features import Features
+from diffussm.evaluation.features import BATCH_ON_GPU, Features, extracting
 from diffussm.files import atomic_path, sha256_of
 
 WEIGHTS_URL = (
@@ -75,25 +75,31 @@ class Inception2015:
     """
 
     name = "inception-2015"
+    identity = f"{name} {WEIGHTS_SHA256}"  # no others are loaded
     pool_size = 2048
     spatial_size = 17 * 17 * SPATIAL_CHANNELS
     batch_size = 4
+    device = torch.device("cpu")
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._convolutions = _fuse_batch_norms(weights)
-        self._class_weight = weights["fc.weight"]  # [1008, 2048]
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device = device) -> None:
+        self._convolutions = {
+            name: (kernel.to(device), bias.to(device)) for name, (kernel, bias) in _fuse_batch_norms(weights).items()
+        }
+        self._class_weight = weights["fc.weight"].to(device)  # [1008, 2048]
+        if device.type != "cpu":
+            self.device, self.batch_size = device, BATCH_ON_GPU
 
-    @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> Features:
-        x_NHWC = (resize(torch.from_numpy(images).float(), IMAGE_SIZE) - 128) / 128
-        x_NCHW = x_NHWC.expand(-1, -1, -1, 3).contiguous().permute(0, 3, 1, 2)
-        middle = self._blocks(TO_SPATIAL, self._chain(STEM, x_NCHW))
-        pool = self._blocks(TO_POOL, middle).mean((2, 3))
-        return Features(
-            pool=pool,
-            spatial=middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1),
-            probabilities=functional.linear(pool, self._class_weight).softmax(1),
-        )
+        with extracting(self.device):
+            x_NHWC = (resize(torch.from_numpy(images).to(self.device).float(), IMAGE_SIZE) - 128) / 128
+            x_NCHW = x_NHWC.expand(-1, -1, -1, 3).contiguous().permute(0, 3, 1, 2)
+            middle = self._blocks(TO_SPATIAL, self._chain(STEM, x_NCHW))
+            pool = self._blocks(TO_POOL, middle).mean((2, 3))
+            return Features(
+                pool=pool.cpu(),
+                spatial=middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).cpu(),
+                probabilities=functional.linear(pool, self._class_weight).softmax(1).cpu(),
+            )
 
     def _blocks(self, blocks: dict[str, str], x: Tensor) -> Tensor:
         for name, block in blocks.items():
@@ -124,7 +130,9 @@ def resize(images: Tensor, size: int) -> Tensor:
     """
     for axis in (2, 1):
         length = images.shape[axis]
-        position = torch.arange(size, dtype=torch.float32) * torch.tensor(length / size, dtype=torch.float32)
+        position = torch.arange(size, dtype=torch.float32, device=images.device) * torch.tensor(
+            length / size, dtype=torch.float32
+        )
         lower = position.long()
         fraction = (position - lower).view(-1, *[1] * (3 - axis))
         before, after = images.index_select(axis, lower), images.index_select(axis, (lower + 1).clamp(max=length - 1))

@@ -27,7 +27,9 @@ def precision_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
     centre = reference.mean(0)
     reference, samples = reference - centre, samples - centre
     reference_radii, sample_radii = _squared_radii(reference), _squared_radii(samples)
-    on_reference, on_samples = (torch.zeros(len(points), dtype=torch.bool) for points in (samples, reference))
+    on_reference, on_samples = (
+        torch.zeros(len(points), dtype=torch.bool, device=points.device) for points in (samples, reference)
+    )
     for rows, distances in _squared_distances(samples, reference):
         on_reference[rows] = (distances <= reference_radii).any(1)
         on_samples |= (distances <= sample_radii[rows, None]).any(0)
@@ -38,7 +40,7 @@ def _squared_radii(points: Tensor) -> Tensor:
     """Squared distance [N] of each point to its third-nearest other one."""
     if len(points) <= NEIGHBOURS:
         raise UserError(f"precision and recall need at least {NEIGHBOURS + 1} images in each set, got {len(points)}")
-    radii = torch.empty(len(points))
+    radii = points.new_empty(len(points))
     for rows, distances in _squared_distances(points, points):
         radii[rows] = distances.topk(NEIGHBOURS + 1, largest=False).values[:, -1]  # the nearest is the point itself
     return radii

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.commands.eval_fid import main, newest_samples
@@ -28,19 +30,18 @@ METRICS = ("FID", "sFID", "IS", "precision", "recall")
 
 
 def draw_images(count: int, seed: int) -> np.ndarray:
-    """Grey uint8 [count, 16, 16, 1]: a bright bar of its own place and slope on a dark ground."""
+    """Uint8 [count, 16, 16, 3]: a bright grey bar of its own place and slope on a dark ground."""
     generator = np.random.default_rng(seed)
     rows, columns = np.mgrid[:16, :16]
     slope, place = generator.uniform(-1, 1, (2, count, 1, 1))
     distance = np.abs(columns - 8 - 4 * place - slope * (rows - 8))
-    return (230 * np.exp(-((distance / 2) ** 2)) + generator.uniform(0, 20, (count, 16, 16))).astype(np.uint8)[
-        ..., None
-    ]
+    grey = 230 * np.exp(-((distance / 2) ** 2)) + generator.uniform(0, 20, (count, 16, 16))
+    return grey.astype(np.uint8)[..., None].repeat(3, axis=3)
 
 
 def encode_images(images: np.ndarray, path: Path) -> None:
     source = ArrayImages(path.name, ["bar"], images, np.zeros(len(images), np.int64))
-    encode(source, PixelCodec(16, 16, 1, 16), open_store(path))
+    encode(source, PixelCodec(16, 16, 3, 16), open_store(path))
 
 
 def test_scores_the_newest_run_beside_its_floor_and_untrained_samples(tmp_path: Path) -> None:
@@ -52,7 +53,7 @@ def test_scores_the_newest_run_beside_its_floor_and_untrained_samples(tmp_path: 
     np.savez(older, draw_images(4, 3))
     os.utime(older, (1, 1))
     np.savez(newer, draw_images(32, 4) // 4 * 3 + 20)
-    noise = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 1), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
     np.savez(newer.with_name("untrained.npz"), noise)
     record = {
         "samples": "samples.npz",
@@ -115,10 +116,14 @@ def assert_matches(line: str, pattern: str) -> None:
 
 
 BAD_SAMPLES = {
-    "three axes": (np.zeros((8, 16, 16), np.uint8), r"the images are of shape \(8, 16, 16\)"),
+    "two axes": (np.zeros((8, 16), np.uint8), r"the images are of shape \(8, 16\)"),
+    "grey": (np.zeros((8, 16, 16), np.uint8), r"the images are grey, \(8, 16, 16\).*repeat them to 3 channels"),
+    "one channel": (np.zeros((8, 16, 16, 1), np.uint8), r"the images are grey, \(8, 16, 16, 1\)"),
+    "alpha": (np.zeros((8, 16, 16, 4), np.uint8), r"the images have 4 channels.*drop the transparency"),
     "channels first": (np.zeros((8, 3, 16, 16), np.uint8), r"the images are of shape \(8, 3, 16, 16\)"),
     "empty": (np.zeros((0, 16, 16, 3), np.uint8), r"the images are of shape \(0, 16, 16, 3\)"),
-    "floating point": (np.ones((8, 16, 16, 3), np.float32), "the images are float32, not uint8"),
+    "not numbers": (np.full((8, 16, 16, 3), np.nan, np.float32), "the images are float32, not uint8"),
+    "wide integers": (np.full((8, 16, 16, 3), 300, np.int64), "the images are int64, not uint8"),
     "scaled to 1": (np.ones((8, 16, 16, 3), np.uint8), "the images hold nothing but 0 and 1"),
     "pickled objects": (np.array([{}, []], dtype=object), "arr_0 is damaged, pickled"),
 }
@@ -178,6 +183,8 @@ def test_refuses_when_there_is_nothing_to_do(run: Callable[..., str]) -> None:
     )
     assert_matches(run("good.npz", "--against", "untrained.npz"), "'untrained.npz' is not NAME=FILE")
     assert_matches(run("good.npz", "--max-reference", "1"), "--max-reference must be at least 2")
+    assert_matches(run("good.npz", "--bootstrap", "5"), "--bootstrap must be at least 20")
+    assert_matches(run("--write-reference", "new.npz"), "--write-reference needs --reference REAL")
     Path("good.json").write_text("{")
     assert_matches(run("good.npz"), "good.json is damaged.*python tools/sample.py")
 
@@ -193,3 +200,25 @@ def test_a_newer_run_without_samples_is_named(tmp_path, monkeypatch, capsys):
         os.utime(path, (time, time))
     assert newest_samples() == Path("runs/a/samples/samples.npz")
     assert capsys.readouterr().err == "note: runs/b is newer, and has no samples: python tools/sample.py runs/b\n"
+
+
+def test_samples_from_a_pipe_and_from_a_folder_score_as_from_a_file(tmp_path: Path) -> None:
+    samples = draw_images(40, 3)
+    np.savez(tmp_path / "real.npz", draw_images(40, 2))
+    np.savez(tmp_path / "samples.npz", samples)
+    (tmp_path / "samples").mkdir()
+    for number, image in enumerate(samples):
+        Image.fromarray(image).save(tmp_path / f"samples/{number:02}.png")
+    pipe = io.BytesIO()
+    for part in np.array_split(samples, 3):
+        np.save(pipe, part)
+    rows = []
+    for name in ("samples.npz", "samples", "-"):
+        command = [sys.executable, ROOT / "tools/eval_fid.py", name, "--reference", "real.npz", "--json", "-"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, input=pipe.getvalue(), timeout=120)
+        assert done.returncode == 0, done.stderr.decode()
+        (row,) = json.loads(done.stdout)["rows"]
+        rows.append({key: value for key, value in row.items() if key != "name"})
+    assert rows[1] == pytest.approx(rows[0], rel=1e-6)
+    assert rows[2] == pytest.approx(rows[0], rel=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["real.npz", "samples", "samples.npz"]

@@ -12,10 +12,11 @@ from diffussm.evaluation.features import Features
 class BlockMeans:
     """An extractor without a network: means of an image's sixteenths, and of its quarters."""
 
-    name = "block-means"
+    name = identity = "block-means"
     pool_size = 16
     spatial_size = 4
     batch_size = 7
+    device = torch.device("cpu")
 
     def __call__(self, images: np.ndarray) -> Features:
         means = torch.from_numpy(images).float().mean(3)[:, None]

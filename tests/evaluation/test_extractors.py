@@ -12,7 +12,6 @@ from PIL import Image
 from diffussm.errors import UserError
 from diffussm.evaluation.efficientnet import EfficientNetLite0
 from diffussm.evaluation.extractors import make_extractor
-from diffussm.evaluation.features import extract
 
 pytestmark = pytest.mark.unit
 
@@ -59,15 +58,6 @@ def test_computes_what_the_stock_network_does(efficientnet: EfficientNetLite0, s
 def test_grey_is_three_equal_channels(efficientnet: EfficientNetLite0, images: np.ndarray) -> None:
     grey = images[:3, ..., :1]
     torch.testing.assert_close(efficientnet(grey).pool, efficientnet(grey.repeat(3, axis=3)).pool, rtol=1e-4, atol=1e-5)
-
-
-def test_extract_joins_the_batches_in_order(images: np.ndarray, block_means) -> None:
-    found = extract(block_means, images, "these")
-    whole = block_means(images)
-    assert len(found) == 90
-    torch.testing.assert_close(found.pool, whole.pool)
-    torch.testing.assert_close(found.spatial, whole.spatial)
-    torch.testing.assert_close(found.probabilities, whole.probabilities)
 
 
 def test_unknown_extractor() -> None:

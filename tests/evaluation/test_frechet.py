@@ -40,9 +40,8 @@ def test_agrees_with_the_matrix_square_root(count_a: int, count_b: int, size: in
 
 def test_samples_and_their_moments_give_the_same() -> None:
     a, b = draw(40, 64, seed=1), draw(300, 64, seed=2)
-    moments = Moments(64)
-    moments.update(a)
-    by_moments = frechet_distance(Gaussian.of_moments(moments.mean, moments.covariance), Gaussian.of_samples(b))
+    mean, covariance = a.double().mean(0), torch.from_numpy(np.cov(a.double().numpy(), rowvar=False))
+    by_moments = frechet_distance(Gaussian.of_moments(mean, covariance), Gaussian.of_samples(b))
     assert by_moments == pytest.approx(frechet_distance(Gaussian.of_samples(a), Gaussian.of_samples(b)), rel=1e-8)
 
 
@@ -76,24 +75,39 @@ def test_is_symmetric_for_singular_covariances_that_share_no_direction() -> None
     assert frechet_distance(back, there) == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_moments_do_not_depend_on_the_parts_nor_cancel_far_from_the_origin() -> None:
-    samples = draw(5000, 16, seed=4).double() + 1e6
-    parts, first, second = Moments(16), Moments(16), Moments(16)
-    for part in samples.split(77):
+@pytest.mark.parametrize("count", [5000, 60, 40])  # more than dimensions, of which some are kept first; and fewer
+def test_moments_do_not_depend_on_the_parts_nor_cancel_far_from_the_origin(count: int) -> None:
+    samples = draw(count, 50, seed=4).double() + 1e6
+    parts, first, second, stored, joined = (Moments(50) for _ in range(5))
+    for part in samples.split(7):
         parts.update(part)
-    first.update(samples[:1234])
-    second.update(samples[1234:])
-    first.combine(Moments(16))
+    first.update(samples[: count // 4])
+    second.update(samples[count // 4 :])
+    first.combine(Moments(50))
     first.combine(second)
+    stored.load_state(second.state())  # before first, where that keeps what second does not
+    joined.update(samples[: count // 4])
+    stored.combine(joined)
     expected = np.cov(samples.numpy() - 1e6, rowvar=False)
-    for moments in (parts, first):
-        assert moments.count == 5000
-        np.testing.assert_allclose(moments.mean, samples.mean(0), rtol=1e-14)
-        np.testing.assert_allclose(moments.covariance, expected, rtol=1e-7, atol=1e-9)
+    for moments in (parts, first, stored):
+        assert moments.count == count
+        found = moments.gaussian()
+        np.testing.assert_allclose(found.mean, samples.mean(0), rtol=1e-14)
+        np.testing.assert_allclose(found.covariance, expected, rtol=1e-7, atol=1e-8 * expected.max())
+
+
+def test_moments_of_many_take_the_memory_of_the_dimensions() -> None:
+    moments = Moments(8)
+    moments.update(torch.ones(8, 8))
+    assert moments.state()["samples"].shape == (8, 8)
+    moments.update(torch.zeros(1, 8))
+    assert {key: tuple(value.shape) for key, value in moments.state().items()} == {
+        "count": (), "mean": (8,), "scatter": (8, 8),
+    }  # fmt: skip
 
 
 def test_one_image_has_no_covariance() -> None:
     with pytest.raises(UserError, match="at least 2 images, got 1"):
         Gaussian.of_samples(torch.ones(1, 4))
     with pytest.raises(UserError, match="at least 2 images, got 0"):
-        _ = Moments(4).covariance
+        Moments(4).gaussian()

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffussm.evaluation.inception_score import inception_score
+from diffussm.evaluation.inception_score import InceptionScore
 
 pytestmark = pytest.mark.unit
+
+
+def inception_score(probabilities: torch.Tensor) -> float:
+    score = InceptionScore()
+    score.update(0, probabilities)
+    return score.value()
 
 
 def by_definition(probabilities: np.ndarray, chunk: int) -> float:
@@ -35,3 +41,15 @@ def test_sure_and_equally_often_of_k_classes_is_k() -> None:
 
 def test_all_alike_is_1() -> None:
     assert inception_score(torch.tensor([[0.2, 0.0, 0.8]]).repeat(30, 1)) == pytest.approx(1, rel=1e-12)
+
+
+def test_parts_may_come_in_any_order_from_anywhere() -> None:
+    probabilities = torch.randn(11_000, 12, generator=torch.Generator().manual_seed(0)).mul(3).softmax(1)
+    starts = [*range(0, 11_000, 700)]
+    scores = InceptionScore(), InceptionScore()
+    for number, start in enumerate(reversed(starts)):  # 4900 to 5600 is of two chunks
+        scores[number % 2].update(start, probabilities[start : start + 700])
+    stored = InceptionScore()
+    stored.load_state(scores[1].state())
+    scores[0].combine(stored)
+    assert scores[0].value() == pytest.approx(inception_score(probabilities), rel=1e-12)

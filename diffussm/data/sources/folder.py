@@ -29,7 +29,7 @@ class FolderImages:
         self._root, self._size, self._resize = Path(root), size, resize
         if not self._root.is_dir():
             raise UserError(f"--input {root} is not a folder")
-        self._files = sorted(_image_files(self._root))  # (relative path, bytes)
+        self._files = sorted(image_files(self._root))  # (relative path, bytes)
         self.class_names = sorted({_first_part(name) for name, _ in self._files} - {""}) if classes else []
         beside = next((name for name, _ in self._files if not _first_part(name)), None)
         if not self._files:
@@ -65,7 +65,8 @@ class FolderImages:
         return Item(name, self._labels.get(_first_part(name), 0), load)
 
 
-def _image_files(root: Path) -> Iterable[tuple[str, int]]:
+def image_files(root: Path) -> Iterable[tuple[str, int]]:
+    """Relative path and bytes of each image file in a folder and its sub-folders; hidden ones do not count."""
     for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
