@@ -4,7 +4,7 @@ PYTHON ?= python3
 READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test nightly lint clean
+.PHONY: setup demo test nightly lint wheel clean
 
 demo: setup
 	bash launch/demo.sh
@@ -21,6 +21,11 @@ nightly: setup
 lint: setup
 	ruff check .
 	ruff format --check .
+
+# dist/: the sdist, and the wheel made from it.
+wheel: setup
+	rm -rf dist *.egg-info # whose list of files would come back
+	python -m build --no-isolation
 
 setup: $(READY)
 

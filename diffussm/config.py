@@ -2,6 +2,7 @@
 
 --config fashion32              one of diffussm/configs/, or a path to a YAML file
 --train.lr 2e-4                 overrides one key of it
+--deepspeed zero2               DeepSpeed's own: one of ds_configs/, or a path to a JSON file
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from diffussm.ops.s4d import Backend
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = "fashion32"
+PACKED = Path(__file__).parent / "ds_configs"  # where a wheel has them; a checkout has them beside the package
+DS_CONFIGS = PACKED if PACKED.is_dir() else Path(__file__).parent.parent / "ds_configs"
 
 
 @dataclass
@@ -281,13 +284,13 @@ def from_dict(values: dict[str, Any], cls: type = Config) -> Any:
 def parse(arguments: Sequence[str]) -> Launch:
     """Parse the command line of training. Raises UserError, in one line, on anything that is not understood."""
     parser = jsonargparse.ArgumentParser(
-        prog="train.py",
-        description="Train DiffuSSM. example: deepspeed diffussm/train.py --config fashion32 --train.lr 1e-3",
+        description="Train DiffuSSM. example: deepspeed --module diffussm.train --config fashion32 --train.lr 1e-3",
         exit_on_error=False,
         default_env=False,
     )
     parser.add_argument("--config", action="config", help=f"a name ({', '.join(config_names())}) or a YAML file")
-    parser.add_argument("--deepspeed", default="ds_configs/zero2.json", help="DeepSpeed's config, a JSON file")
+    ds_names = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
+    parser.add_argument("--deepspeed", default="zero2", help=f"a name ({', '.join(ds_names)}) or a JSON file")
     parser.add_argument("--local_rank", type=int, help="set by launchers; the environment's LOCAL_RANK counts")
     parser.add_class_arguments(Config)
     try:
@@ -298,7 +301,8 @@ def parse(arguments: Sequence[str]) -> Launch:
     config = Config(**{f.name: config[f.name] for f in fields(Config)})
     config.train.betas = tuple(config.train.betas)
     config.check()
-    return Launch(namespace.deepspeed, config)
+    named = namespace.deepspeed in ds_names
+    return Launch(str(DS_CONFIGS / f"{namespace.deepspeed}.json") if named else namespace.deepspeed, config)
 
 
 def config_names() -> list[str]:
@@ -349,7 +353,7 @@ def _one_line(message: str) -> str:
 
 def _unknown(key: str) -> str:
     near = difflib.get_close_matches(key, known_keys(), n=1)
-    return f"unknown config key {key}: " + (f"did you mean {near[0]}?" if near else "see train.py --help")
+    return f"unknown config key {key}: " + (f"did you mean {near[0]}?" if near else "the --help of training lists them")
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> list[str]:

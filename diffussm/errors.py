@@ -18,7 +18,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h
@@ -33,6 +33,20 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """Stopped on request with everything saved. Its message is one line; commands exit with EXIT_STOPPED on it."""
+
+
+@contextlib.contextmanager
+def needs(what: str, extra: str) -> Iterator[None]:
+    """Around the import of an optional package: where it is missing, UserError says what needs it and how to have it.
+
+    with needs("--plot", "plot"):
+        from matplotlib.figure import Figure
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        raise UserError(f"{what} needs {package}: pip install 'diffussm[{extra}]'") from error
 
 
 def fail(message: str) -> NoReturn:

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 8 diffussm/train.py --deepspeed ds_configs/zero2.json --config run.yaml
     mpirun -np 8 python diffussm/train.py --deepspeed ds_configs/zero2.json --config run.yaml
     python diffussm/train.py                                                             one process
+    deepspeed --module diffussm.train --deepspeed zero2                                  installed, without a checkout
 
 Run again after an interruption, it goes on from the newest complete checkpoint. `--help` lists every key.
 """

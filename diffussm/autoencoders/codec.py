@@ -16,13 +16,34 @@ from diffussm.errors import UserError
 class Codec(Protocol):
     """Image ↔ latent. The model trains on and samples normalised latents: ``(stored mean - shift) * scale``."""
 
-    name: str
-    latent_shape: tuple[int, int, int]  # [C, h, w] of one latent
-    dtype: np.dtype  # of the stored moments
-    posterior: bool  # True: moments are mean and log-variance, [2C, h, w]; False: they are the latent, [C, h, w]
-    scale: float
-    shift: float
-    device_kind: str | None  # the kind of processor that the last bits of its moments depend on, if they do
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, h, w] of one latent."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the stored moments."""
+        ...
+
+    @property
+    def posterior(self) -> bool:
+        """True: moments are mean and log-variance, [2C, h, w]; False: they are the latent, [C, h, w]."""
+        ...
+
+    @property
+    def scale(self) -> float: ...
+
+    @property
+    def shift(self) -> float: ...
+
+    @property
+    def device_kind(self) -> str | None:
+        """The kind of processor that the last bits of its moments depend on, if they do."""
+        ...
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 images [N, H, W, channels] → moments [N, C or 2C, h, w], not normalised."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffussm.autoencoders.rounding import Rounding, to_uint8
 from diffussm.determinism import same_bits_each_time
-from diffussm.errors import UserError
+from diffussm.errors import UserError, needs
 from diffussm.threads import map_batches
 
 DTYPES = ("float16", "float32")
@@ -227,7 +227,8 @@ def hash_weights(network: Any) -> str:
 
 def _load_network(location: str) -> Any:
     """The AutoencoderKL at ``location`` in fp32, or in its sub-folder ``vae`` where that is a whole pipeline."""
-    from diffusers import AutoencoderKL
+    with needs(f"autoencoder {location}", "hub"):
+        from diffusers import AutoencoderKL
 
     folder = Path(location)
     subfolder = "vae" if (folder / "vae" / "config.json").is_file() else None

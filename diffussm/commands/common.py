@@ -17,11 +17,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, example: str) -> None:
         super().__init__(
-            description=description,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+        if not self.prog.endswith(".py"):  # a console command, not the door in tools/
+            example = re.sub(r"python tools/\w+\.py", self.prog, example)
+            example = re.sub(r"tools/\w+\.py", f"--no-python {self.prog}", example)  # torchrun's
+        self.epilog = f"example:\n  {example}"
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffussm.commands import costs
-from diffussm.errors import UserError
+from diffussm.errors import needs
 from diffussm.files import atomic_path
 
 if TYPE_CHECKING:
@@ -35,10 +35,8 @@ PARTS = {  # in the order of the forward pass: the hourglass blue, the state spa
 
 def save_plot(path: Path, report: dict[str, Any]) -> None:
     """Draw the report of `tools/count_flops.py` as a PNG, written atomically."""
-    try:
+    with needs("--plot", "plot"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(13, 6.2), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.9, 1])
     draw_sizes(left, report)

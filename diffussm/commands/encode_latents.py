@@ -93,8 +93,6 @@ def parse_arguments() -> argparse.Namespace:
     for name in NOT_FOR.get(arguments.source, ("split", "raw", "classes")):
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not go with --source {arguments.source}")
-    if arguments.source != "fashion-mnist" and not arguments.input:
-        parser.error(f"--source {arguments.source} needs --input: where the images are")
     if arguments.samples_per_shard is None:
         arguments.samples_per_shard = SAMPLES_PER_SHARD
     for option, value in (("--size", arguments.size), ("--samples-per-shard", arguments.samples_per_shard)):

@@ -44,7 +44,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "Check the nodes of a run before it starts, one rank a GPU, under the launcher and with the arguments of "
         "training: devices, links and all-reduce, reading of the data, clocks, disks, memory. Exit code 2 where "
         "something would keep the run from training, with the nodes at fault in an --exclude list for sbatch.",
-        "srun python tools/preflight.py --deepspeed ds_configs/zero2.json --config xl256 --run_dir runs/a",
+        "srun python tools/preflight.py --deepspeed zero2 --config xl256 --run_dir runs/a",
     )
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="of each check, after which who gave no sign is named "

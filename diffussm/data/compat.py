@@ -21,7 +21,7 @@ from webdataset.gopen import gopen_schemes
 
 from diffussm.data.cache import ATTEMPTS
 from diffussm.data.index import Index, Shard
-from diffussm.data.store import Store, open_store
+from diffussm.data.store import Buffer, Store, open_store
 from diffussm.errors import UserError
 
 
@@ -64,7 +64,7 @@ def decode(sample: dict[str, bytes]) -> tuple[np.ndarray, int]:
     return np.lib.format.read_array(io.BytesIO(sample["latent.npy"]), allow_pickle=False), int(sample["cls"])
 
 
-def _read(store: Store, shard: Shard) -> tuple[str | None, bytes]:
+def _read(store: Store, shard: Shard) -> tuple[str | None, Buffer]:
     try:
         content = store.read(shard.name, etag=shard.etag)
     except FileNotFoundError:

@@ -8,12 +8,16 @@ import threading
 from dataclasses import dataclass
 
 import numpy as np
-from isal import isal_zlib  # the same crc32 as zlib, three times as fast
 
 from diffussm.data.cache import ATTEMPTS, ShardCache
 from diffussm.data.index import Index
 from diffussm.data.store import Buffer, Store
 from diffussm.errors import UserError
+
+try:
+    from isal.isal_zlib import crc32 as crc32_of  # the same as zlib's, three times as fast
+except ImportError:
+    from zlib import crc32 as crc32_of
 
 RANGE_BYTES = 16 << 20  # of one read, to a sample; more are cut into equal parts
 GAP_BYTES = 64 << 10  # between two samples: reading over it is cheaper than asking again
@@ -142,7 +146,7 @@ def _check_and_copy(data: Buffer, rows: np.ndarray, moments: np.ndarray, places:
         for number, (start, length, crc32) in enumerate(itertools.islice(columns, block), first):
             if start + length > len(data):
                 return number, "the file ends before it"
-            if isal_zlib.crc32(data[start : start + length]) != crc32:
+            if crc32_of(data[start : start + length]) != crc32:
                 return number, "its bytes have changed since they were encoded"
         to = places[first : first + block]
         shape = (len(to), *moments.shape[1:])

@@ -11,15 +11,17 @@ import tarfile
 import zlib
 
 import numpy as np
-import webdataset
 
 from diffussm.data.index import SAMPLE_DTYPE, sample_key
+from diffussm.errors import needs
 
 
 class ShardBuilder:
     """Builds the shard numbered ``shard`` in memory. The same samples give the same bytes on any machine."""
 
     def __init__(self, shard: int) -> None:
+        with needs("encoding", "data"):
+            import webdataset
         self._shard = shard
         self._rows: list[tuple[int, int, int, int]] = []
         self._buffer = io.BytesIO()

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from diffussm.errors import UserError
+from diffussm.errors import UserError, needs
 from diffussm.files import atomic_path, fsync, link_or_copy, locked, remove_temporaries, write_atomically
 
 OPEN_FILES = 256  # kept open by one store; a process may usually hold 1024
@@ -107,7 +107,8 @@ def open_store(url: str | Path) -> Store:
         return LocalStore(Path(url))
     parts = urlsplit(url)
     if parts.scheme == "s3":
-        from diffussm.data.s3 import S3Store  # needs boto3, which data on a disk does not
+        with needs(url, "s3"):
+            from diffussm.data.s3 import S3Store
 
         return S3Store(parts.netloc, parts.path)
     if parts.scheme != "file":

@@ -65,10 +65,12 @@ def ddim(
 ) -> Tensor:
     """DDIM, (12) and (16) of arXiv 2010.02502: deterministic at ``eta`` 0, DDPM with covariance β̃ at 1.
 
-    ``noise`` is asked for only if ``eta`` > 0. UserError if ``eta`` is not in 0..1.
+    ``noise`` is asked for only if ``eta`` > 0. UserError if ``eta`` is not in 0..1, or is above 0 without ``noise``.
     """
     if not 0 <= eta <= 1:
         raise UserError(f"ddim takes eta from 0 to 1, not {eta}")
+    if eta > 0 and noise is None:
+        raise UserError(f"ddim draws noise at eta {eta}: give it noise, or eta 0")
     x = x.float()
     for i in progress(range(schedule.steps - 1, -1, -1)):
         t = torch.full((len(x),), i, device=x.device)

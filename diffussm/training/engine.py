@@ -27,7 +27,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
     try:
         config = json.loads(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"--deepspeed {path}: {error.strerror or error}; ds_configs/zero2.json is one") from None
+        raise UserError(f"--deepspeed {path}: {error.strerror or error}; give zero2, or a JSON file") from None
     except ValueError as error:
         raise UserError(f"--deepspeed {path} is not JSON: {error}") from None
     if not isinstance(config, dict):

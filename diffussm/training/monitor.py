@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from diffussm.errors import needs
 from diffussm.files import write_atomically
 
 QUIET_SECONDS = 20  # between two lines of progress where stderr is a file
@@ -31,7 +32,8 @@ class Monitor:
     """
 
     def __init__(self, run: Path, images: int, total_images: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        with needs("training", "train"):
+            from torch.utils.tensorboard import SummaryWriter
 
         self.path = run / "log.jsonl"
         kept = [line for line in _complete_lines(self.path) if json.loads(line)["images"] <= images]

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -195,6 +194,8 @@ def memory_figures(device: torch.device) -> dict[str, float]:
         }
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        import psutil  # DeepSpeed needs it too: whoever trains has it
+
         used = {"memory/rss_gib": psutil.Process().memory_info().rss}
     most = torch.tensor(list(used.values()), dtype=torch.float64, device=device) / 2**30
     dist.all_reduce(most, dist.ReduceOp.MAX)

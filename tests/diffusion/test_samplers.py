@@ -147,6 +147,11 @@ def test_dpm_solver_needs_fewer_steps_than_ddim():
     assert dpm < other
 
 
+def test_ddim_says_that_it_needs_noise():
+    with pytest.raises(UserError, match=r"ddim draws noise at eta 0\.5"):
+        ddim(Exact(0.0), noise(0), Schedule.linear(T), eta=0.5)
+
+
 def test_ddim_of_eta_one_is_ancestral_with_the_lower_variance():
     schedule = FULL.respace(50)
     expected = ancestral(Exact(-1.0), noise(0), schedule, noise)

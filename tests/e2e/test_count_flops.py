@@ -146,5 +146,5 @@ def test_says_what_a_plot_needs(
         run("--plot", "cost.png")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "error: --plot needs matplotlib: pip install matplotlib\n"
+    assert captured.err == "error: --plot needs matplotlib: pip install 'diffussm[plot]'\n"
     assert not Path("cost.png").exists()

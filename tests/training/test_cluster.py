@@ -115,7 +115,7 @@ def test_mpirun_is_asked_where_it_is_the_launcher(environment, monkeypatch, tabl
 def test_mpirun_without_mpi4py_is_refused(environment, monkeypatch):
     environment({"OMPI_COMM_WORLD_SIZE": "2"})
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(UserError, match=r"mpi4py does not work here .*: pip install mpi4py"):
+    with pytest.raises(UserError, match=r"mpi4py does not work here .*: pip install 'diffussm\[mpi\]'"):
         identify()
 
 

@@ -14,6 +14,8 @@ from diffussm.training.preemption import SIGNALS, StopRequest
 
 pytestmark = pytest.mark.unit
 
+QUIET_FORKS = "-Wignore::DeprecationWarning"  # from Python 3.12 on, a fork beside threads warns
+
 LOOP = """
     import time
     from diffussm.errors import Stopped, run_command
@@ -55,7 +57,7 @@ def start():
     def start(script: str, rank: int = 0, **values: object) -> subprocess.Popen[str]:
         script = textwrap.dedent(script.format(**values) if values else script)
         process = subprocess.Popen(
-            [sys.executable, "-c", script], env=os.environ | {"RANK": str(rank)},
+            [sys.executable, QUIET_FORKS, "-c", script], env=os.environ | {"RANK": str(rank)},
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         processes.append(process)

@@ -17,6 +17,8 @@ from diffussm.training.watchdog import Watchdog
 
 pytestmark = pytest.mark.unit
 
+QUIET_FORKS = "-Wignore::DeprecationWarning"  # from Python 3.12 on, a fork beside threads warns
+
 LIMIT = 0.6  # seconds
 HEADER = (
     f'rank 3 on node5: no progress for {LIMIT / 60:g} min in "step 12": stacks of all threads follow; '
@@ -37,7 +39,10 @@ def start(body: str) -> subprocess.Popen[str]:
         print("done")
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, QUIET_FORKS, "-c", textwrap.dedent(script)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout.readline() == "ready\n"
     return process

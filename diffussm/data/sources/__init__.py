@@ -9,8 +9,9 @@ from diffussm.data.sources.fashion_mnist import SPLITS, load_fashion_mnist
 from diffussm.data.sources.folder import FolderImages
 from diffussm.data.sources.lsun import open_lsun
 from diffussm.data.sources.tars import TarImages
+from diffussm.errors import UserError
 
-__all__ = ["SOURCES", "SPLITS", "open_source"]
+__all__ = ["SOURCES", "SPLITS", "ImageSource", "open_source"]
 
 SOURCES = ("fashion-mnist", "folder", "lsun", "webdataset")
 
@@ -38,6 +39,8 @@ def open_source(
     """
     if kind == "fashion-mnist":
         return load_fashion_mnist(split, raw or Path("data/fashion-mnist-raw"))
+    if not input:
+        raise UserError(f"--source {kind} needs --input: where the images are")
     if kind == "folder":
         return FolderImages(input, size, resize)
     if kind == "lsun":

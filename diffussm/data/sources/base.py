@@ -37,17 +37,22 @@ class Item:
 
 
 class ImageSource(Protocol):
-    """A set of images, cut into the parts that shards are made of.
+    """A set of images, cut into the parts that shards are made of."""
 
-    Attributes:
-        name: goes into the index.
-        class_names: empty where there are no classes.
-        count: of the images; None where that shows only once all are read.
-    """
+    @property
+    def name(self) -> str:
+        """Goes into the index."""
+        ...
 
-    name: str
-    class_names: list[str]
-    count: int | None
+    @property
+    def class_names(self) -> list[str]:
+        """Empty where there are no classes."""
+        ...
+
+    @property
+    def count(self) -> int | None:
+        """Of the images; None where that shows only once all are read."""
+        ...
 
     def parts(self, samples_per_shard: int, seed: int) -> Sequence[Callable[[], Iterable[Item]]]:
         """What each shard holds: the same at every call.

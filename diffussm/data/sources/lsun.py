@@ -11,7 +11,7 @@ from typing import Any
 from diffussm.data.sources.base import BadImage, Item, Version, shuffled_parts
 from diffussm.data.sources.folder import FolderImages
 from diffussm.data.sources.resize import read_image
-from diffussm.errors import UserError
+from diffussm.errors import UserError, needs
 
 DATA_FILE = "data.mdb"
 
@@ -85,10 +85,8 @@ def _name(key: bytes) -> str:
 
 @functools.cache  # LMDB lets a process open it once; nobody writes, nor locks, so all may share it, forks included
 def _open_lmdb(path: Path) -> Any:
-    try:
+    with needs("--source lsun", "lsun"):
         import lmdb
-    except ImportError:
-        raise UserError("LSUN's LMDBs need the package lmdb: pip install lmdb") from None
     try:
         return lmdb.open(str(path), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:

@@ -13,12 +13,10 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 
-import braceexpand
-
 from diffussm.data.sources.base import Item, Version
 from diffussm.data.sources.resize import SUFFIXES, read_image
 from diffussm.data.store import Stat, Store, open_store
-from diffussm.errors import UserError
+from diffussm.errors import UserError, needs
 
 PIECE_BYTES = 16 << 20  # fetched at once
 MAX_MEMBER_BYTES = 1 << 28
@@ -87,6 +85,8 @@ def find_tars(urls: str) -> Iterator[tuple[Store, str, Stat]]:
     Raises:
         UserError: one that is named is not there.
     """
+    with needs("--source webdataset", "data"):
+        import braceexpand
     for url in braceexpand.braceexpand(urls):
         folder, _, name = url.rpartition("/")
         if not name.endswith(".tar"):
