@@ -80,9 +80,7 @@ class AutoencoderKLCodec:
         return codec
 
     @classmethod
-    def around(
-        cls, network: Any, side: int, dtype: str = "float32", device: str | None = None
-    ) -> AutoencoderKLCodec:
+    def around(cls, network: Any, side: int, dtype: str = "float32", device: str | None = None) -> AutoencoderKLCodec:
         """The codec of a network at hand for latents of ``side``×``side``, by its own scale and shift; of no spec."""
         factor = _factor(network)
         return cls(

@@ -12,7 +12,7 @@ import torch
 from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    SchedulerMixin,  # noqa: F401 - diffusers looks for a component's base class in the component's module
+    SchedulerMixin,
 )
 
 from diffussm.diffusion.schedule import Schedule
