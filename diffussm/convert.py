@@ -1,4 +1,4 @@
-"""A checkpoint's weights as one .safetensors file, or as a folder that diffusers loads: in the memory of a few tensors."""
+"""A checkpoint as a .safetensors file, or as a folder that diffusers loads: in the memory of a few tensors."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def model_card(meta: dict[str, Any], weights: str, scores: dict[str, Any] | None
     }
     rows = [
         ("parameters", f"{parameters:,}"),
-        ("MACs of a forward pass, an image", f"{macs / 1e9:,.3f} G"),
+        ("MACs of a forward pass, an image", f"{macs / 1e9:,.4g} G"),
         ("latents", f"{channels}×{height}×{width}"),
         ("classes", f"{len(names):,}" if names else "none"),
         ("weights", weights),
@@ -60,7 +60,7 @@ def model_card(meta: dict[str, Any], weights: str, scores: dict[str, Any] | None
         f"---\n{front.to_yaml()}\n---\n",
         f"# {title}\n",
         "A diffusion model without attention: [Yan, Gu and Rush](https://arxiv.org/abs/2311.18257), trained with the "
-        "`diffussm` package, which loading needs: `pip install diffussm[hub]`.\n",
+        "`diffussm` package. To load it, install that with its extra `hub`.\n",
         _table(("", ""), rows),
         "## Use\n",
         "```python\nfrom diffussm.hub import DiffuSSMPipeline\n\n"

@@ -66,6 +66,10 @@ class DiffuSSMModel(DiffuSSM, ModelMixin, ConfigMixin):
         """As diffusers', but rounded after it is read: diffusers would round the state space parameters meanwhile."""
         options.setdefault("low_cpu_mem_usage", is_accelerate_available())
         model = super().from_pretrained(pretrained_model_name_or_path, **options)
+        for (
+            parameter
+        ) in model.parameters():  # mapped from the file, it lies unaligned: products would round differently
+            parameter.data = parameter.data.clone()
         return torch.nn.Module.to(model, dtype or torch_dtype or torch.float32)
 
     @property

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import is_accelerate_available
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from torch import Tensor
@@ -42,7 +43,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ("vae",)
+    _optional_components = ["vae"]  # noqa: RUF012 - diffusers adds lists to it
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -74,6 +75,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
                     own = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
                     cast = {"torch_dtype": own} if kind is DiffuSSMModel else {}
                     options[name] = kind.from_pretrained(place, subfolder=name, **cast)
+        options.setdefault("low_cpu_mem_usage", is_accelerate_available())
         return super().from_pretrained(place, **options)
 
     def label_ids(self, class_labels: Label | Sequence[Label]) -> list[int]:
