@@ -69,6 +69,7 @@ def write_pipeline(
         module, kind = type(component).__module__, type(component).__name__
         (folder / name / f"{module}.py").write_text(f"{DOOR}from {module} import {kind}  # noqa: F401\n")
     if with_vae:
+        pipeline.vae.register_to_config(_name_or_path="")  # a path of this machine
         pipeline.vae.save_pretrained(folder / "vae")
     write_weights(folder / "transformer" / SAFETENSORS_WEIGHTS_NAME)
     pipeline.save_config(folder)
