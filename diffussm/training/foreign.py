@@ -33,9 +33,8 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 def refuse_foreign(source: str) -> None:
     """Raise UserError where a path or URL is something well known that is not a run of diffussm or its checkpoint."""
-    parent, _, name = source.rstrip("/").rpartition("/")
-    store = open_store(parent or ("/" if source.startswith("/") else "."))
-    if name.endswith((".safetensors", *PICKLES)) and store.exists(name):
+    parent, slash, name = source.rstrip("/").rpartition("/")
+    if name.endswith((".safetensors", *PICKLES)) and (store := open_store(parent or slash or ".")).exists(name):
         what = _file(store, name)
     else:
         what = _folder(open_store(source))

@@ -15,6 +15,7 @@ import runs
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -432,3 +433,11 @@ def test_the_door_and_the_newest_run(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("w.safetensors: ") and "EMA of" in done.stdout
     assert len(load_file(tmp_path / "w.safetensors")) == len(newest(trained).manifest["shapes"])
+
+
+def test_the_example_draws_a_row_a_class(trained, convert, tmp_path):
+    convert(trained, "--out", tmp_path / "pipeline")
+    script = [sys.executable, str(runs.ROOT / "examples/grid.py"), "pipeline", "grid.png"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "grid.png").size == (8 * 16, 3 * 16)

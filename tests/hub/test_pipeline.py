@@ -245,3 +245,14 @@ def test_labels_of_an_unconditional_model_and_latents_that_nothing_decodes():
         pipeline(num_classes=0)(0)
     with pytest.raises(UserError, match="neither a vae nor a codec"):
         pipeline(vae=None)(0, num_inference_steps=1)
+
+
+def test_of_the_hub_no_code_is_fetched(tmp_path, monkeypatch):
+    pipeline().save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        "diffussm.hub.pipeline.snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path)
+    )
+    DiffuSSMPipeline.from_pretrained("someone/something", revision="v1")
+    (((name,), options),) = asked
+    assert name == "someone/something" and options["ignore_patterns"] == ["*.py"] and options["revision"] == "v1"
