@@ -69,10 +69,13 @@ def scores_of(found: Checkpoint, source: str | None, weights: str) -> dict[str, 
 
 def check_target(target: str) -> None:
     """Raise UserError where :func:`new_target` could not write."""
-    store, name = _place(target)
-    if "://" in target and ("/" not in target.split("://")[1].rstrip("/") or not name):
-        raise UserError(f"{target} names no more than a bucket: add a name in it, such as {target.rstrip('/')}/model")
-    if store.exists(name) or store.list(f"{name}/") or ("://" not in target and Path(target).exists()):
+    there = "://" not in target and Path(target).exists()
+    if "://" in target:
+        if "/" not in target.split("://")[1].rstrip("/"):
+            raise UserError(f"{target} is a bucket: add a name in it, such as {target.rstrip('/')}/model")
+        store, name = _place(target)
+        there = store.exists(name) or bool(store.list(f"{name}/"))
+    if there:
         raise UserError(f"{target} exists: remove it, or choose another --out")
 
 
@@ -92,9 +95,9 @@ def new_target(target: str) -> Iterator[Path]:
 
 
 def _place(target: str) -> tuple[Store, str]:
-    """The store that ``target`` is in, and its name there."""
-    parent, slash, name = target.rstrip("/").rpartition("/")
-    return open_store(parent or slash or "."), name
+    """The store that a URL is in, and its name there."""
+    parent, _, name = target.rstrip("/").rpartition("/")
+    return open_store(parent), name
 
 
 def _upload(path: Path, store: Store, name: str) -> None:

@@ -55,6 +55,8 @@ def write_pipeline(
     """
     config, names = meta["config"], meta["class_names"]
     with_vae = isinstance(codec, AutoencoderKLCodec)
+    if with_vae:
+        codec.device = "cpu"
     pipeline = DiffuSSMPipeline(
         transformer=empty_model(meta),
         scheduler=scheduler_for(config["sample"]["sampler"], config["diffusion"]["steps"]),

@@ -76,6 +76,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
                     cast = {"torch_dtype": own} if kind is DiffuSSMModel else {}
                     options[name] = kind.from_pretrained(place, subfolder=name, **cast)
         options.setdefault("low_cpu_mem_usage", is_accelerate_available())
+        options.setdefault("use_safetensors", True)  # never a pickle
         return super().from_pretrained(place, **options)
 
     def label_ids(self, class_labels: Label | Sequence[Label]) -> list[int]:

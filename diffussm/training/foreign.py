@@ -28,6 +28,10 @@ TENSORS = {  # what has tensors, or keys, that end so; the first that fits
     "input_blocks.0.0.weight": f"a UNet of ADM's kind: {WANTED}",
     "down_blocks.0.resnets.0.conv1.weight": f"a UNet or an autoencoder of diffusers: {WANTED}",
 }
+OF_DEEPSPEED = (  # files of which one is in each of its folders
+    "zero_to_fp32.py", "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt",
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+)  # fmt: skip
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -73,11 +77,8 @@ def _folder(store: Store) -> str:
             if kind in ("DiffuSSMPipeline", "DiffuSSMModel"):
                 return OURS
             return f"a {kind if isinstance(kind, str) else kind[-1]} of diffusers: {WANTED}"
-    if store.exists("zero_to_fp32.py") or any("_rank_" in name and name.endswith("_states.pt") for name in _top(store)):
+    if any(map(store.exists, OF_DEEPSPEED)):
+        return DEEPSPEED
+    if store.exists("latest") and bytes(store.read("latest")).startswith(b"global_step"):
         return DEEPSPEED
     return ""
-
-
-def _top(store: Store) -> list[str]:
-    """Objects whose names begin as those of DeepSpeed do."""
-    return [name for prefix in ("mp_rank_", "zero_pp_rank_", "bf16_zero_pp_rank_") for name in store.list(prefix)]

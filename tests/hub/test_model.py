@@ -143,3 +143,10 @@ def test_what_is_not_imported(modules, absent):
     code = f"import sys\nimport {modules}\nassert {absent!r} not in sys.modules, 'imported'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_pickle_is_not_read(tmp_path):
+    model().save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "diffusion_pytorch_model.bin").exists()
+    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
+        DiffuSSMModel.from_pretrained(tmp_path, use_safetensors=None)
