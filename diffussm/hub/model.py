@@ -63,7 +63,7 @@ class DiffuSSMModel(DiffuSSM, ModelMixin, ConfigMixin):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> DiffuSSMModel:
-        """As diffusers', from safetensors; rounded after that is read: diffusers would round the state space meanwhile."""
+        """As diffusers', from safetensors; rounded once it is read: diffusers would round the state space, too."""
         options.setdefault("low_cpu_mem_usage", is_accelerate_available())
         options["use_safetensors"] = True  # never a pickle
         model = super().from_pretrained(pretrained_model_name_or_path, **options)

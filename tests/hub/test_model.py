@@ -148,5 +148,5 @@ def test_what_is_not_imported(modules, absent):
 def test_a_pickle_is_not_read(tmp_path):
     model().save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "diffusion_pytorch_model.bin").exists()
-    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors"):
         DiffuSSMModel.from_pretrained(tmp_path, use_safetensors=None)
