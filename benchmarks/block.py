@@ -147,7 +147,7 @@ def executed_flops(forward: Callable[[], object]) -> int:
 def our_passes(case: Case, precision: str, device: torch.device) -> dict[str, Callable[[], object]]:
     network = DiffuSSM(ModelConfig("custom", case.width, depth=1), channels=4, num_classes=0)
     block = network.blocks[0].to(device)
-    return passes(block, (case.batch, case.length // network.config.hourglass, case.width), precision, device)
+    return passes(block, (case.batch, case.length // network.size.hourglass, case.width), precision, device)
 
 
 def dit_passes(case: Case, patch: int, precision: str, device: torch.device) -> dict[str, Callable[[], object]]:

@@ -119,8 +119,11 @@ def find_checkpoint(source: str | None, workers: Workers) -> Checkpoint:
     if store.exists(MANIFEST) or store.exists(META):
         named = Checkpoint.at(source)
     elif store.exists("config.yaml"):
-        values = yaml.safe_load(bytes(store.read("config.yaml")))
-        store = open_store(values["train"].get("checkpoints") or f"{source}/checkpoints")
+        try:
+            places = yaml.safe_load(bytes(store.read("config.yaml")))["train"]
+            store = open_store(places.get("checkpoints") or f"{source}/checkpoints")
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{source}/config.yaml is damaged: name a checkpoint in {source}/checkpoints") from None
 
     def verified_images() -> int:
         if named:

@@ -69,21 +69,29 @@ class AutoencoderKLCodec:
         config = network.config
         if (config.in_channels, config.out_channels) != (3, 3):
             raise UserError(f"autoencoder {location} takes {config.in_channels} channels, not RGB's 3")
-        factor = 2 ** (len(config.block_out_channels) - 1)
+        factor = _factor(network)
         if size % factor:
             raise UserError(
                 f"--size {size} is no multiple of {factor}, by which autoencoder {location} divides it: "
                 f"{math.ceil(size / factor) * factor} is"
             )
+        codec = cls.around(network, size // factor, dtype, device)
+        codec.location, codec.weights = str(location), hash_weights(network)
+        return codec
+
+    @classmethod
+    def around(cls, network: Any, side: int, dtype: str = "float32", device: str | None = None) -> AutoencoderKLCodec:
+        """The codec of a network at hand for latents of ``side``×``side``, by its own scale and shift; of no spec."""
+        factor = _factor(network)
         return cls(
-            location=str(location),
-            size=size,
+            location="",
+            size=side * factor,
             dtype_name=dtype,
-            latent_channels=config.latent_channels,
+            latent_channels=network.config.latent_channels,
             factor=factor,
-            scale=float(config.scaling_factor),
-            shift=float(config.shift_factor or 0.0),
-            weights=hash_weights(network),
+            scale=float(network.config.scaling_factor),
+            shift=float(network.config.shift_factor or 0.0),
+            weights="",
             device=device,
             _network=network,
         )
@@ -154,6 +162,13 @@ class AutoencoderKLCodec:
         self._network.to(device)
         self.device = device
 
+    @property
+    def network(self) -> Any:
+        """The AutoencoderKL, with the scale and shift of this codec in its configuration. Raises as :meth:`load`."""
+        self.load()
+        self._network.register_to_config(scaling_factor=self.scale, shift_factor=self.shift or None)
+        return self._network
+
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N, size, size, 3] → moments [N, 2C, h, w], not normalised.
 
@@ -205,7 +220,7 @@ class AutoencoderKLCodec:
         images = np.empty((len(latents), self.size, self.size, 3), np.uint8)
         for rows in self._in_turn(len(latents), 1 if self.device_kind == "cpu" else PIXELS_AT_ONCE):
             z = latents[rows].to(self.device).float() / self.scale + self.shift
-            pixels = (self._network.decode(z).sample.float() + 1) * 127.5
+            pixels = (self._network.decode(z.to(self._network.dtype)).sample.float() + 1) * 127.5
             images[rows] = to_uint8(pixels, rounding).permute(0, 2, 3, 1).cpu().numpy()
         return images
 
@@ -213,6 +228,11 @@ class AutoencoderKLCodec:
         """Batches that fit in memory; the same on any machine, since they decide the last bits."""
         batch = max(1, pixels_at_once // self.size**2)
         return [slice(start, start + batch) for start in range(0, count, batch)]
+
+
+def _factor(network: Any) -> int:
+    """By which it divides an image's sides."""
+    return 2 ** (len(network.config.block_out_channels) - 1)
 
 
 def hash_weights(network: Any) -> str:

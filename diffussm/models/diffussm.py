@@ -90,7 +90,7 @@ class DiffuSSM(nn.Module):
         super().__init__()
         config = config.resolved()
         width = config.width
-        self.config, self.channels, self.num_classes = config, channels, num_classes
+        self.size, self.channels, self.num_classes = config, channels, num_classes
         self.activation_checkpointing = activation_checkpointing
         self.embed = nn.Linear(channels, width)
         self.fold = nn.Linear(config.hourglass * width, width)
@@ -147,8 +147,8 @@ class DiffuSSM(nn.Module):
             [B, 2C, H, W] in fp32: ε, then v, the interpolation of the log variance.
         """
         batch, channels, height, width = x_BCHW.shape
-        if height * width % self.config.hourglass:
-            raise ValueError(f"{height}×{width} positions are not a multiple of M = {self.config.hourglass}")
+        if height * width % self.size.hourglass:
+            raise ValueError(f"{height}×{width} positions are not a multiple of M = {self.size.hourglass}")
         tokens_BLD = self.embed(x_BCHW.flatten(2).transpose(1, 2))
         tokens_BLD = tokens_BLD + position_embedding(height, width, tokens_BLD.shape[-1], x_BCHW.device)
         x_BJD = self.fold(tokens_BLD.reshape(batch, -1, self.fold.in_features))

@@ -21,7 +21,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -61,6 +61,7 @@ class Checkpoint:
 
     def __init__(self, store: Store, name: str) -> None:
         self.store, self.name = store, name
+        self._headers: dict[str, dict[str, Entry]] = {}
 
     @classmethod
     def at(cls, place: str | Path) -> Checkpoint:
@@ -112,6 +113,11 @@ class Checkpoint:
         """Of tensors that it holds."""
         return ["weight", "exp_avg", "exp_avg_sq", *map(ema_kind, self.meta["ema_images"])]
 
+    def check_kind(self, kind: str) -> None:
+        """Raise UserError, which tells those that it has, unless it has this kind of tensors."""
+        if kind not in self.kinds:
+            raise UserError(f"{self} has no weights {kind}, but {', '.join(self.kinds)}")
+
     def verify(self, share: slice = slice(None)) -> None:
         """Read its files, or every so many of them, and raise UserError, naming it, if one is not as it was written."""
         for name in sorted(self.manifest["files"])[share]:
@@ -133,6 +139,17 @@ class Checkpoint:
         flat = {name: torch.empty(shape.numel()) for name, shape in shapes.items()}
         self.fill((kind, name, 0, tensor) for name, tensor in flat.items())
         return {name: tensor.view(shapes[name]) for name, tensor in flat.items()}
+
+    def one_by_one(self, kind: str) -> Iterator[Tensor]:
+        """Those of :meth:`tensors`, in the order of the manifest's shapes; few are in memory at once."""
+        batch: dict[str, Tensor] = {}
+        shapes = self.manifest["shapes"]
+        for number, (name, shape) in enumerate(shapes.items(), 1):
+            batch[name] = torch.empty(math.prod(shape))
+            if number == len(shapes) or sum(tensor.nbytes for tensor in batch.values()) >= PIECE_BYTES:
+                self.fill((kind, name, 0, tensor) for name, tensor in batch.items())
+                yield from (tensor.view(shapes[name]) for name, tensor in batch.items())
+                batch = {}
 
     def fill(self, wanted: Iterable[Wanted]) -> None:
         """Fill flat tensors, on any device, with parts of parameters, whichever ranks' files hold them.
@@ -177,7 +194,10 @@ class Checkpoint:
                 target.copy_(stage)
 
     def _entries(self, file: str) -> dict[str, Entry]:
-        return read_header(functools.partial(self._read, file), self.manifest["files"][file]["size"], f"{self}/{file}")
+        if file not in self._headers:
+            size = self.manifest["files"][file]["size"]
+            self._headers[file] = read_header(functools.partial(self._read, file), size, f"{self}/{file}")
+        return self._headers[file]
 
     def _read(self, file: str, start: int = 0, length: int | None = None) -> Any:
         return self.store.read(f"{self.name}/{file}", start, length)
@@ -254,8 +274,7 @@ def load_model(checkpoint: Checkpoint, kind: str | None = None) -> DiffuSSM:
         UserError: the checkpoint is foreign, or has no such kind.
     """
     kind = kind or ema_kind(checkpoint.meta["ema_images"][0])
-    if kind not in checkpoint.kinds:
-        raise UserError(f"{checkpoint} has no weights {kind}, but {', '.join(checkpoint.kinds)}")
+    checkpoint.check_kind(kind)
     model = make_model(checkpoint.meta)
     try:
         model.load_state_dict(checkpoint.tensors(kind))

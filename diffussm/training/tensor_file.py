@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -25,21 +26,38 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def pack(tensors: dict[str, Tensor]) -> bytearray:
     """A safetensors file of fp32 tensors, which may live on any device and be views."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    head = _head(shapes, {})
+    content = bytearray(len(head) + sum(tensor.numel() for tensor in tensors.values()) * FP32_BYTES)
+    content[: len(head)] = head
+    offset = len(head)
+    for tensor in tensors.values():
+        if tensor.numel():
+            torch.frombuffer(content, dtype=torch.float32, count=tensor.numel(), offset=offset).copy_(tensor.flatten())
+            offset += tensor.numel() * FP32_BYTES
+    return content
+
+
+def write(
+    file: IO[bytes], shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file of fp32 tensors on the CPU that come one by one, in the order of ``shapes``."""
+    file.write(_head(shapes, metadata))
+    for shape, tensor in zip(shapes.values(), tensors, strict=True):
+        if list(tensor.shape) != list(shape) or tensor.dtype != torch.float32:
+            raise ValueError(f"a tensor of {tensor.dtype} {list(tensor.shape)} where float32 {list(shape)} was told")
+        file.write(tensor.contiguous().numpy().data)
+
+
+def _head(shapes: Mapping[str, Sequence[int]], metadata: dict[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * FP32_BYTES
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * FP32_BYTES
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    data = 8 + len(text)
-    content = bytearray(data + end)
-    content[:data] = struct.pack("<Q", len(text)) + text
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            offset = data + header[name]["data_offsets"][0]  # type: ignore[index]
-            torch.frombuffer(content, dtype=torch.float32, count=tensor.numel(), offset=offset).copy_(tensor.flatten())
-    return content
+    return struct.pack("<Q", len(text)) + text
 
 
 @dataclass(frozen=True)
