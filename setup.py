@@ -56,7 +56,7 @@ setup(
         "mpi": ["mpi4py>=4"],  # ranks under mpirun
         "s3": ["boto3>=1.36", "urllib3>=2.2.1"],  # conditions on puts, no checksums of ranges; a body's read1
         "lsun": ["lmdb>=1.4"],
-        "hub": ["diffusers>=0.30"],  # AutoencoderKL and its pipelines
+        "hub": ["diffusers>=0.42"],  # AutoencoderKL and its pipelines
         "plot": ["matplotlib>=3.8"],  # diffussm-count-flops --plot
         "dev": [
             "diffussm[train,eval,mpi,s3,lsun,hub,plot]",

@@ -10,6 +10,7 @@ import zipfile
 from importlib.metadata import Distribution
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
 import runs
 
@@ -22,6 +23,19 @@ OPTIONAL = (
     "matplotlib", "mpi4py", "psutil", "pytest", "scipy", "tensorboard", "urllib3", "webdataset",
 )  # fmt: skip
 NEED_THEM = {f"diffussm.data.{name}" for name in ("compat", "s3", "s3_errors", "s3_requests", "s3_transfer")}
+NEED_THEM.add("diffussm.hub")
+DRAW_BY_PIPELINE = """
+import numpy as np, torch
+from diffussm.diffusion.noise import sample_noise
+from diffussm.hub import DiffuSSMPipeline
+from diffussm.hub.schedulers import scheduler_for
+pipeline = DiffuSSMPipeline.from_pretrained("pipeline")
+pipeline.scheduler = scheduler_for("ddim", 1000)
+noise = sample_noise(0, range(4), (4, 8, 8), 0)
+labels = ["dark", "bright", "striped", "dark"]
+images = pipeline(labels, guidance_scale=2.0, num_inference_steps=3, latents=noise, output_type="np").images
+np.save("images.npy", np.round(255 * images).astype(np.uint8))
+"""
 IMPORT_ALL = """
 import diffussm, importlib, pkgutil
 for module in pkgutil.walk_packages(diffussm.__path__, "diffussm."):
@@ -82,7 +96,22 @@ def test_samples_of_the_base_install_are_those_of_a_checkout(install, run_in, tr
     assert json.loads(done.stdout)["images_seen"] == 96
 
 
-def test_every_module_but_those_of_s3_and_webdataset_is_imported_by_the_base_install(install, run_in):
+def test_the_extra_hub_converts_a_run_and_draws_by_the_pipeline(install, run_in, trained, tmp_path):
+    bin = install("hub")
+    assert "diffusers" in run_in(bin, "python", "-c", LOOK).stdout
+    assert "deepspeed" not in run_in(bin, "python", "-c", LOOK).stdout
+    for program, *arguments in (
+        ("diffussm-convert", trained, "--out", "pipeline"),
+        ("python", "-c", DRAW_BY_PIPELINE),
+        ("diffussm-sample", trained, "--count", 4, "--steps", 3, "--sampler", "ddim", "--guidance", 2, "--out", "out"),
+    ):
+        done = run_in(bin, program, *arguments)
+        assert done.returncode == 0, done.stderr
+    drawn = np.load(tmp_path / "out/samples.npz", allow_pickle=False)["arr_0"]
+    np.testing.assert_array_equal(np.load(tmp_path / "images.npy").repeat(3, axis=3), drawn)
+
+
+def test_every_module_but_those_of_s3_webdataset_and_diffusers_is_imported_by_the_base_install(install, run_in):
     *failed, file = run_in(install(), "python", "-c", IMPORT_ALL).stdout.splitlines()
     assert file.startswith(str(install().parent))
     assert {line.split()[0] for line in failed} == NEED_THEM
@@ -101,9 +130,7 @@ def test_every_command_tells_its_name_and_an_example_without_any_extra(install, 
     done = run_in(bin, "python", "-c", CALL_FOR_HELP)
     assert done.returncode == 0, done.stderr
     helps = dict(text.split("\n", 1) for text in done.stdout.split("\n= ")[1:])
-    if helps["diffussm-convert"].strip() == "missing diffussm.commands.convert_checkpoint":
-        del helps["diffussm-convert"]  # no such command yet
-    assert len(helps) >= 8
+    assert len(helps) == 9
     for name, text in helps.items():
         assert (bin / name).exists()
         assert text.startswith(f"usage: {name}"), text
