@@ -20,7 +20,7 @@ nightly: setup
 
 # The documentation as a site, to be opened in a browser: site/index.html.
 docs: setup
-	python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 lint: setup
 	ruff check .
