@@ -149,6 +149,7 @@ TWO_RANKS = {
     r"^((\w+=\S+ )*)deepspeed ": r"\1deepspeed --master_port {port} ",
 }
 HERE = {r" /local/": " {folder}/local/"}
+NO_DOWNLOAD = {"^": "XDG_CACHE_HOME={folder}/empty https_proxy=http://127.0.0.1:9 "}  # now or earlier
 LAUNCHER = r"(\w+=\S+ )*(deepspeed|torchrun|mpirun|python)( -\S+( \d+)?)*( python)?"
 
 RULES = [
@@ -164,9 +165,7 @@ RULES = [
     Rule(
         r"python tools/eval_fid\.py .*--extractor inception-2015.*",
         says(2, "give the file with --inception-weights FILE"),
-        replace={
-            "^": "XDG_CACHE_HOME={folder}/empty https_proxy=http://127.0.0.1:9 "
-        },  # no network, no earlier download
+        replace=NO_DOWNLOAD,
     ),
     Rule(r"python tools/eval_fid\.py.*", add="--max-reference 64"),
     Rule(r"python tools/(verify_shards|preflight|count_flops|plan_run)\.py.*"),
@@ -175,6 +174,8 @@ RULES = [
 
 
 def rule_of(line: Line) -> Rule:
+    if re.search(r"[;|&<>]", line.command):
+        pytest.fail(f"{line.page} has more than one command in a line, which no rule judges: {line.text}")
     for rule in RULES:
         if re.fullmatch(rule.pattern, line.command):
             return rule
@@ -328,7 +329,8 @@ def test_a_line_does_what_it_says(checkout: Checkout, number: int) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "curl https://example.org",  # no rule
+        "curl https://example.org",
+        "python tools/count_flops.py && python tools/count_flops.py",
         "make nothing",
         "export DIFFUSSM_NOTHING=1",
         "python tools/plan_run.py xl512 --gpu 3",
