@@ -153,7 +153,7 @@ def test_options_and_keys_that_pages_name_are_there(call: Callable[..., tuple[in
     for tool, arguments in re.findall(r"(?:tools|diffussm)/(\w+)\.py([^`\n]*)", page.read_text()):
         options = set(re.findall(r"(?<=\s)--([a-z][\w.-]*)", re.sub(r"\s#.*", "", arguments))) - training
         if options and tool != "train":
-            code, help, _ = call(import_module(f"diffussm.commands.{tool}").main, "--help")
+            code, help, _ = call(import_module(f"diffussm.commands.{tool}").parse_arguments, "--help")
             assert code == 0
             options -= set(re.findall(r"--([a-z][\w-]*)", help))
         assert not options, f"{page.name}: {tool}.py has no {options}"

@@ -35,6 +35,7 @@ PAGES = ("README.md", "docs/quickstart.md")
 DEMO = "launch/demo.sh"
 TREE = re.compile(r"(\S+/ *$)|(\S+/\S+ \.\.\.)")  # what the first line of a block that lists files looks like
 SECONDS = 120  # of a line
+SETTINGS = ("AWS_", "DIFFUSSM", "SLURM", "SBATCH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
 FAILURES = (Exception, pytest.fail.Exception, pytest.skip.Exception)
 
 Check = Callable[["Checkout", "Line"], None]
@@ -246,7 +247,8 @@ class Checkout:
         return subprocess.CompletedProcess(script, process.returncode, out, error)
 
     def environment(self) -> dict[str, str]:
-        own = {name: value for name, value in runs.environment().items() if not name.startswith("AWS_")}
+        """Of a user: nothing is set of what launchers, stores and our scripts read, but where the bucket is."""
+        own = {name: value for name, value in runs.environment().items() if not name.startswith(SETTINGS)}
         return own | self._server.environment | {"DIFFUSSM_PYTHON": sys.executable}
 
 
