@@ -4,7 +4,7 @@ PYTHON ?= python3
 READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test nightly lint wheel clean
+.PHONY: setup demo test nightly docs lint wheel clean
 
 demo: setup
 	bash launch/demo.sh
@@ -17,6 +17,10 @@ test: setup lint
 # What takes long: `pytest -m nightly`.
 nightly: setup
 	OMP_NUM_THREADS=1 python -m pytest -m nightly
+
+# The documentation as a site, to be opened in a browser: site/index.html.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 lint: setup
 	ruff check .
@@ -33,4 +37,4 @@ $(READY): requirements.txt setup.py launch/setup.sh
 	bash launch/setup.sh "$(PYTHON)"
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -61,6 +61,7 @@ setup(
         "dev": [
             "diffussm[train,eval,mpi,s3,lsun,hub,plot]",
             "build>=1.2",  # builds the package
+            "mkdocs-material>=9.5",  # the site of docs/
             "mypy>=1.11",
             "pytest>=8",
             "ruff>=0.6",
