@@ -91,7 +91,9 @@ class ScoreConfig:
             scores of a run apart, and is not to be published.
         extractor: whose features are compared.
         inception_weights: file of the weights of inception-2015; null: they are downloaded once.
-        sampler, steps, guidance: as of `sample`.
+        sampler: ancestral, ddim or dpm++.
+        steps: of the respaced schedule.
+        guidance: scale of classifier-free guidance; 1 is none.
         batch: images at once, of a rank.
     """
 
