@@ -34,11 +34,14 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def call(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
         name = main.__module__.rpartition(".")[2]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        code = 0
+        code, before = 0, dict(os.environ)
         try:
             run_command(main)
         except SystemExit as exit:
             code = exit.code
+        finally:  # a command tells its own children its rank, and later tests theirs by their own
+            os.environ.clear()
+            os.environ.update(before)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
