@@ -8,7 +8,8 @@
 # DIFFUSSM_RUN is a run's folder, a checkpoint, or checkpoints in S3. Of a run that is still training name a checkpoint:
 # a job that is queued again would begin anew with a newer one. DIFFUSSM_OUT is where the samples go: by default samples/
 # in the run's folder; beside anything else it must be given. DIFFUSSM_REFERENCE is what they are compared with (what the
-# run names). Options of sbatch stand before the script, options of tools/sample.py after it. The rest is as in
+# run names); DIFFUSSM_EXTRACTOR and DIFFUSSM_INCEPTION_WEIGHTS by which features: inception-2015, which published figures
+# are of, and the file of its weights where no network is. Options of sbatch stand before the script, options of tools/sample.py after it. The rest is as in
 # slurm_xl512.sh.
 #
 #SBATCH --job-name=diffussm-eval    # names the log, too
@@ -37,7 +38,12 @@ fi
 out=${DIFFUSSM_OUT:-$DIFFUSSM_RUN/samples}
 scoring=("$out/samples.npz")
 [ -z "${DIFFUSSM_REFERENCE:-}" ] || scoring+=(--reference "$DIFFUSSM_REFERENCE")
+[ -z "${DIFFUSSM_EXTRACTOR:-}" ] || scoring+=(--extractor "$DIFFUSSM_EXTRACTOR")
+[ -z "${DIFFUSSM_INCEPTION_WEIGHTS:-}" ] || scoring+=(--inception-weights "$DIFFUSSM_INCEPTION_WEIGHTS")
 draw_and_score() {
+    if [ -n "${DIFFUSSM_REFERENCE:-}" ]; then # what cannot be compared is told before hours of drawing
+        DIFFUSSM_SRUN="${DIFFUSSM_SRUN:-} --nodes=1 --ntasks=1" ranks tools/eval_fid.py "${scoring[@]}" --check || return
+    fi
     ranks tools/sample.py "$DIFFUSSM_RUN" --count "${DIFFUSSM_COUNT:-50000}" --out "$out" "$@" || return
     ranks tools/eval_fid.py "${scoring[@]}"
 }

@@ -218,10 +218,11 @@ class AutoencoderKLCodec:
             raise UserError(f"this autoencoder decodes {self.latent_shape}, got {tuple(latents.shape[1:])}")
         self.load()
         images = np.empty((len(latents), self.size, self.size, 3), np.uint8)
-        for rows in self._in_turn(len(latents), 1 if self.device_kind == "cpu" else PIXELS_AT_ONCE):
-            z = latents[rows].to(self.device).float() / self.scale + self.shift
-            pixels = (self._network.decode(z.to(self._network.dtype)).sample.float() + 1) * 127.5
-            images[rows] = to_uint8(pixels, rounding).permute(0, 2, 3, 1).cpu().numpy()
+        with same_bits_each_time():
+            for rows in self._in_turn(len(latents), 1 if self.device_kind == "cpu" else PIXELS_AT_ONCE):
+                z = latents[rows].to(self.device).float() / self.scale + self.shift
+                pixels = (self._network.decode(z.to(self._network.dtype)).sample.float() + 1) * 127.5
+                images[rows] = to_uint8(pixels, rounding).permute(0, 2, 3, 1).cpu().numpy()
         return images
 
     def _in_turn(self, count: int, pixels_at_once: int) -> list[slice]:

@@ -29,12 +29,18 @@ def newest_samples() -> Path:
 
 def read_record(samples: Path) -> dict[str, Any]:
     """What tools/sample.py wrote beside a run's samples on how it drew them; empty for other samples."""
-    path = samples.with_suffix(".json")
-    if not path.exists():
+    path = samples.parent / f"{samples.stem}.json"
+    if samples.suffix != ".npz" or not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
+        record = json.loads(path.read_text())
+        if isinstance(record, dict) and record.get("samples") != samples.name:
+            return {}  # of something else
+        for place in (record["data"]["path"], record["data"]["reference"], record.get("untrained")):
+            if not isinstance(place, str | None):
+                raise TypeError(place)
+        return record
+    except (ValueError, TypeError, KeyError):
         raise UserError(f"{path} is damaged: draw the samples again with python tools/sample.py") from None
 
 
@@ -53,6 +59,15 @@ def print_report(report: dict[str, Any]) -> None:
             print(
                 f"FID of {row['name']}: {ends[0]:.3f} to {ends[1]:.3f} (95 % of sets of as many images, by bootstrap)"
             )
+    for note in report["notes"]:
+        print(note)
+
+
+def notes_on(rows: list[dict[str, Any]], reference_count: int | None, extractor: str) -> list[str]:
+    """What the figures do not say."""
+    notes = []
     if any(row["images"] < ENOUGH for row in rows):
-        print(f"FID of fewer than {ENOUGH:,} images comes out too high: compare only rows of as many images.")
-    print(f"Figures by {extractor} compare with no other extractor's.")
+        notes.append(f"FID of fewer than {ENOUGH:,} images comes out too high: compare only rows of as many images.")
+    if reference_count is not None and reference_count < ENOUGH:
+        notes.append(f"So does a reference of fewer than {ENOUGH:,}: compare only figures against this one.")
+    return [*notes, f"Figures by {extractor} compare with no other extractor's."]

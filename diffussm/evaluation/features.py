@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +29,12 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.pool)
+
+    @classmethod
+    def join(cls, parts: Sequence[Features]) -> Features:
+        """Those of all parts, in their order."""
+        names = [f.name for f in fields(cls)]
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 class Extractor(Protocol):

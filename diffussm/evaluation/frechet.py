@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffussm.errors import UserError
 
+NEGATIVE = 1e-5  # eigenvalues of a covariance that float32 rounded, over its largest
 BLOCK = 4096  # samples turned into float64 at once
 
 
@@ -124,12 +125,18 @@ class Gaussian:
 
     @classmethod
     def of_moments(cls, mean: Tensor, covariance: Tensor) -> Gaussian:
-        """With a mean [D] and a covariance [D, D]; what rounding made negative of its eigenvalues counts as zero."""
+        """With a mean [D] and a covariance [D, D]; what rounding made negative of its eigenvalues counts as zero.
+
+        Raises:
+            UserError: one is more negative than that.
+        """
         mean, covariance = mean.double(), covariance.double()
         lower, failure = torch.linalg.cholesky_ex(covariance)
         if not failure:  # of full rank; many times as fast
             return cls(mean, lower.T)
         values, vectors = torch.linalg.eigh(covariance)
+        if not values.min() >= -NEGATIVE * values.abs().max():
+            raise UserError(f"a covariance has the eigenvalue {values.min():g}: it is none")
         return cls(mean, values.clamp(min=0).sqrt()[:, None] * vectors.T)
 
 
@@ -137,4 +144,4 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """The squared Fréchet distance of two Gaussians of the same dimension; what is called FID."""
     overlap = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
     distance = (a.mean - b.mean).square().sum() + a.factor.square().sum() + b.factor.square().sum() - 2 * overlap
-    return max(0.0, distance.item())  # rounding can bring equal ones just below zero
+    return max(distance.item(), 0.0)  # rounding can bring equal ones just below zero; NaN stays

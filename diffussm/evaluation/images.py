@@ -25,6 +25,7 @@ from diffussm.data.store import open_store
 from diffussm.errors import UserError
 from diffussm.evaluation.npz import DAMAGE, check_npz, is_npz, map_array
 
+LARGEST_COPY = 1 << 30  # bytes, that each of several processes may unpack
 SUBSET_SEED = 0  # fixed: the same subset at every call, so that figures repeat
 
 
@@ -54,25 +55,25 @@ class ImageSet(Protocol):
         ...
 
 
-def open_images(path: str | Path, limit: int | None = None, size: int | None = None) -> ImageSet:
+def open_images(path: str | Path, limit: int | None = None, size: int | None = None, *, alone: bool = True) -> ImageSet:
     """The images of an ``.npz`` (``arr_0``, as ADM has it), of a folder of image files, or of an encoded data set.
 
     Args:
         limit: of more images, a random subset of this many; the same one at every call.
-        size: bring a folder's images to this side as `tools/encode_latents.py` does, as ADM did: crop the centre, make
-            colours RGB. Without it they are taken as they are, and must be RGB and all of one size.
+        size: bring the images of a folder to this side as `tools/encode_latents.py` does, as ADM did: crop the centre,
+            make colours RGB. Without it they are taken as they are, and must be RGB and all of one size. Other sets
+            are taken as they are in any case.
+        alone: no other process reads it: what is compressed can be unpacked into memory, whatever its size.
 
     Raises:
         UserError: it cannot be read, or does not hold such images.
     """
     if is_npz(path):
-        images: ImageSet = NpzImages(path)
+        images: ImageSet = NpzImages(path, alone)
     elif "://" not in str(path) and Path(path).is_dir() and not (Path(path) / INDEX_NAME).exists():
         images = FolderImages(path, size)
     else:
         images = EncodedImages(path)
-    if size is not None and not isinstance(images, FolderImages):
-        raise UserError(f"--size {size} is for folders of image files, which {path} is not")
     return images if limit is None or len(images) <= limit else Subset(images, random_subset(len(images), limit))
 
 
@@ -101,11 +102,11 @@ class Subset:
 class NpzImages:
     """``arr_0`` of an .npz: uint8 [N, H, W, 3]. Only what is read of it is in memory, unless it is compressed."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, alone: bool = True) -> None:
         self.name = str(path)
         state = Path(path).stat() if Path(path).is_file() else None
         self.identity = f"{Path(path).resolve()} {state and (state.st_size, state.st_mtime_ns)}"
-        self._images = map_array(path, "arr_0")
+        self._images = map_array(path, "arr_0", LARGEST_COPY if not alone else None)
         shape, dtype = self._images.shape, self._images.dtype
         if dtype != np.uint8:
             raise UserError(f"{path}: the images are {dtype}, not uint8 from 0 to 255")
@@ -137,7 +138,8 @@ class FolderImages:
                 f"{path} holds neither images ({', '.join(SUFFIXES)}) nor an encoded data set ({INDEX_NAME})"
             )
         self._files = [self._root / name for name, _ in files]
-        self.identity = f"{self._root.resolve()} {size} {_digest(repr(files).encode())}"
+        versions = [(name, bytes, (self._root / name).stat().st_mtime_ns) for name, bytes in files]
+        self.identity = f"{self._root.resolve()} {size} {_digest(repr(versions).encode())}"
         self._shape = self._load(self._files[0]).shape
 
     def __len__(self) -> int:
@@ -161,6 +163,8 @@ class FolderImages:
             if self._size is not None:
                 return read_image(file, self._size, "adm")
             with Image.open(file) as image:
+                if any(";16" in str(tile) for tile in getattr(image, "tile", ())):
+                    raise UserError(f"{file} has 16 bits a channel: convert it to 8, or let --size N do so")
                 if image.mode == "RGB" and not image.has_transparency_data:
                     return np.asarray(image)
                 kind = (
@@ -209,7 +213,7 @@ def read_stream(file: IO[bytes], name: str) -> Iterator[np.ndarray]:
     while first := file.read(1):
         try:
             images = np.lib.format.read_array(_Rest(first, file), allow_pickle=False)
-        except (*DAMAGE, MemoryError) as error:
+        except DAMAGE as error:
             raise UserError(f"{name}: array after array by numpy.save is to come, not this: {error}") from None
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
             raise UserError(f"{name}: images are uint8 [n, height, width, 3], not {images.dtype} {images.shape}")

@@ -28,7 +28,7 @@ from diffussm.files import atomic_path, sha256_of
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
-WEIGHTS_SHA256 = "6726825d"  # its beginning, which PyTorch puts into the names of such files
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 TIMEOUT = 30  # seconds without an answer
 
 IMAGE_SIZE = 299
@@ -75,7 +75,7 @@ class Inception2015:
     """
 
     name = "inception-2015"
-    identity = f"{name} {WEIGHTS_SHA256}"  # no others are loaded
+    identity = f"{name} {WEIGHTS_SHA256[:8]}"  # no others are loaded
     pool_size = 2048
     spatial_size = 17 * 17 * SPATIAL_CHANNELS
     batch_size = 4
@@ -183,10 +183,10 @@ def _download(path: Path) -> None:
 
 def _check_digest(path: Path, source: str) -> None:
     digest = sha256_of(path)
-    if not digest.startswith(WEIGHTS_SHA256):
+    if digest != WEIGHTS_SHA256:
         raise UserError(
-            f"{source} does not hold the weights of inception-2015-12-05: its sha256 begins with "
-            f"{digest[: len(WEIGHTS_SHA256)]}, not {WEIGHTS_SHA256}; they are at {WEIGHTS_URL}"
+            f"{source} does not hold the weights of inception-2015-12-05: its sha256 begins with {digest[:8]}, not "
+            f"{WEIGHTS_SHA256[:8]}; they are at {WEIGHTS_URL}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zipfile
 import zlib
@@ -12,7 +13,8 @@ import numpy as np
 from diffussm.errors import UserError
 
 DAMAGE = (  # what NumPy and zipfile raise on it
-    ValueError, OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, struct.error,
+    ValueError, OSError, EOFError, RuntimeError, OverflowError, KeyError, MemoryError, AttributeError,
+    zipfile.BadZipFile, zlib.error, struct.error,
 )  # fmt: skip
 CHECKED_AT_ONCE = 16 << 20  # bytes
 
@@ -24,7 +26,7 @@ def is_npz(path: str | Path) -> bool:
 def npz_keys(path: str | Path) -> list[str]:
     """The arrays of an .npz. UserError if it is none."""
     with open_npz(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
+        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def read_npz(path: str | Path, key: str) -> np.ndarray:
@@ -33,7 +35,7 @@ def read_npz(path: str | Path, key: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as file:
             return file[key]
-    except (*DAMAGE, MemoryError):
+    except DAMAGE:
         raise UserError(f"{path}: {key} is damaged, pickled, or larger than memory: write it again") from None
 
 
@@ -48,9 +50,14 @@ def check_npz(path: str | Path, key: str) -> None:
             raise UserError(f"{path}: {key} is damaged: write it again") from None
 
 
-def map_array(path: str | Path, key: str) -> np.ndarray:
-    """As :func:`read_npz`, but not checked and not in memory where the file holds it as it is."""
+def map_array(path: str | Path, key: str, largest_copy: int | None = None) -> np.ndarray:
+    """As :func:`read_npz`, but not checked and not in memory where the file holds it as it is.
+
+    Args:
+        largest_copy: bytes that what is compressed may have, as it is unpacked into memory; None: any number.
+    """
     _require(path, key)
+    damaged = UserError(f"{path}: {key} is damaged: write it again")
     with open_npz(path) as archive:
         info = archive.getinfo(f"{key}.npy")
         try:
@@ -61,15 +68,21 @@ def map_array(path: str | Path, key: str) -> np.ndarray:
                 start = file.tell()
             with open(path, "rb") as file:  # the local header, whose lengths are not those of the directory
                 file.seek(info.header_offset + 26)
-                start += info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-        except (*DAMAGE, KeyError):
-            raise UserError(f"{path}: {key} is damaged: write it again") from None
-    if info.compress_type != zipfile.ZIP_STORED or fortran_order or dtype.hasobject or 0 in shape:
-        return read_npz(path, key)
-    try:
-        return np.memmap(path, dtype, "r", start, shape)
-    except DAMAGE:
-        raise UserError(f"{path}: {key} is damaged: it is shorter than it says; write it again") from None
+                place = start + info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        except DAMAGE:
+            raise damaged from None
+    if not dtype.hasobject and (
+        min(shape, default=0) < 0 or start + math.prod(shape) * dtype.itemsize != info.file_size
+    ):
+        raise damaged
+    if info.compress_type == zipfile.ZIP_STORED and not (fortran_order or dtype.hasobject or 0 in shape):
+        return np.memmap(path, dtype, "r", place, shape)
+    if largest_copy is not None and info.file_size > largest_copy:
+        raise UserError(
+            f"{path}: {key} is compressed or in Fortran order, and each process would hold all of it: numpy.savez, of "
+            f"numpy.ascontiguousarray, writes it plainly"
+        )
+    return read_npz(path, key)
 
 
 def _require(path: str | Path, key: str) -> None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from diffussm.errors import UserError
 
 NEIGHBOURS = 3
+FEWEST = NEIGHBOURS + 1  # images in a set
 MAX_REFERENCE = 10_000  # images that ADM compares with; precision and recall depend on their number
 BLOCK_ELEMENTS = 1 << 25  # distances held at once
 SHOWN_AFTER = 5.0  # seconds
@@ -41,7 +42,7 @@ def precision_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
 def _squared_radii(points: Tensor) -> Tensor:
     """Squared distance [N] of each point to its third-nearest other one."""
     if len(points) <= NEIGHBOURS:
-        raise UserError(f"precision and recall need at least {NEIGHBOURS + 1} images in each set, got {len(points)}")
+        raise UserError(f"precision and recall need at least {FEWEST} images in each set, got {len(points)}")
     radii = points.new_empty(len(points))
     for rows, distances in _squared_distances(points, points):
         radii[rows] = distances.topk(NEIGHBOURS + 1, largest=False).values[:, -1]  # the nearest is the point itself

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffussm.errors import UserError
+from diffussm.evaluation.extractors import EXTRACTORS
 from diffussm.evaluation.features import Extractor
 from diffussm.evaluation.frechet import Gaussian
 from diffussm.evaluation.images import ImageSet, NpzImages
@@ -76,14 +77,21 @@ def read_reference(path: str | Path, extractor: Extractor) -> tuple[Reference, I
             raise UserError(
                 f"{path}: a mean of {tuple(mu.shape)} does not go with a covariance of {tuple(sigma.shape)}"
             )
+        if not torch.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * float(sigma.abs().max())):
+            raise UserError(f"{path}: a covariance is not symmetric")
     _check_owner(path, owner, (len(mean), len(spatial_mean)), extractor)
     features = _read_moments(path, "features", torch.float32) if owner and "features" in keys else None
-    count = int(read_npz(path, "count")) if "count" in keys else None
+    count = read_npz(path, "count") if "count" in keys else None
+    if count is not None and (count.shape != () or count.dtype.kind not in "iu"):
+        raise UserError(f"{path}: count is not a number")
     if features is not None and (features.ndim != 2 or features.shape[1] != extractor.pool_size):
         raise UserError(f"{path}: features of shape {tuple(features.shape)} are not {extractor.name}'s")
-    pool, spatial = Gaussian.of_moments(mean, covariance), Gaussian.of_moments(spatial_mean, spatial_covariance)
+    try:
+        pool, spatial = Gaussian.of_moments(mean, covariance), Gaussian.of_moments(spatial_mean, spatial_covariance)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     images = NpzImages(path) if features is None and "arr_0" in keys else None
-    return Reference(pool, spatial, features, count), images
+    return Reference(pool, spatial, features, None if count is None else int(count)), images
 
 
 def write_reference(
@@ -129,8 +137,10 @@ def _check_owner(path: str | Path, owner: str | None, sizes: tuple[int, int], ex
     theirs = "they are of another one: give a data set or an .npz of images instead"
     if owner in (None, Inception2015.name) and sizes == (Inception2015.pool_size, Inception2015.spatial_size):
         theirs = f"they are of the 2015 Inception graph: add --extractor {Inception2015.name}"  # published files are
-    elif owner:
+    elif owner in EXTRACTORS:
         theirs = f"they are of {owner}: add --extractor {owner}"
+    elif owner:
+        theirs = f"they are of {owner!r}, which this version does not have"
     raise UserError(
         f"{path} holds statistics of {sizes[0]} and {sizes[1]} features, but {extractor.name} has "
         f"{extractor.pool_size} and {extractor.spatial_size}: {theirs}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from diffussm.errors import UserError
 from diffussm.evaluation.features import Extractor
 from diffussm.evaluation.frechet import Gaussian, frechet_distance
 from diffussm.evaluation.precision_recall import precision_recall
@@ -24,7 +26,7 @@ def score(measured: Measured, reference: Reference, extractor: Extractor) -> dic
     Precision and recall are None where the reference has no images; they are of the images whose features are kept.
 
     Raises:
-        UserError: fewer than 4 images.
+        UserError: fewer than 4 images, or a figure that is not finite.
     """
     summary = measured.summary
     precision, recall = None, None
@@ -39,16 +41,22 @@ def score(measured: Measured, reference: Reference, extractor: Extractor) -> dic
         precision,
         recall,
     )
+    if not all(value is None or math.isfinite(value) for value in values):
+        raise UserError(f"a figure is not finite: {values}: look at the reference's statistics")
     figures = {f"{metric} ({extractor.name})": value for metric, value in zip(METRICS, values, strict=True)}
     return {**figures, "images": summary.count}
 
 
-def bootstrap_distances(features: Tensor, reference: Gaussian, replicates: int) -> Iterator[float]:
-    """Fréchet distances of as many images drawn anew, with replacement, from features [N, D]."""
+def bootstrap_distances(
+    features: Tensor, reference: Gaussian, replicates: int, device: torch.device
+) -> Iterator[float]:
+    """Fréchet distances of as many images drawn anew, with replacement, from features [N, D]; ``device`` computes."""
     generator = torch.Generator().manual_seed(BOOTSTRAP_SEED)
+    features = features.to(device)
+    reference = Gaussian(reference.mean.to(device), reference.factor.to(device))
     for _ in range(replicates):
         drawn = torch.randint(len(features), (len(features),), generator=generator)
-        yield frechet_distance(Gaussian.of_samples(features[drawn]), reference)
+        yield frechet_distance(Gaussian.of_samples(features[drawn.to(device)]), reference)
 
 
 def interval(distance: float, replicates: list[float]) -> tuple[float, float]:

@@ -14,6 +14,8 @@ from diffussm.evaluation.features import Extractor, Features
 from diffussm.evaluation.frechet import Moments
 from diffussm.evaluation.inception_score import InceptionScore
 
+TOGETHER = 100  # features that moments take in at once: each time they touch matrices of D × D
+
 
 class Summary:
     """Moments of features and sums of class probabilities: all that FID, sFID and IS need, in the same memory for any
@@ -35,7 +37,7 @@ class Summary:
         """Images seen."""
         return self.pool.count
 
-    def update(self, first: int, features: Features, brightest: int) -> None:
+    def update(self, first: int, features: Features) -> None:
         """Take in the features of the images from number ``first``.
 
         Raises:
@@ -46,7 +48,6 @@ class Summary:
         self.pool.update(features.pool)
         self.spatial.update(features.spatial)
         self.classes.update(first, features.probabilities)
-        self.brightest = max(self.brightest, brightest)
 
     def combine(self, other: Summary) -> None:
         """Take in all that ``other`` has seen."""
@@ -90,13 +91,27 @@ class Measured:
         return self
 
 
-def measure_stream(batches: Iterable[np.ndarray], extractor: Extractor) -> Measured:
-    """Measure images uint8 [n, H, W, 1 or 3] as they come; all pool features are kept."""
+def measure_stream(batches: Iterable[np.ndarray], extractor: Extractor, keep: bool = True) -> Measured:
+    """Measure images uint8 [n, H, W, 1 or 3] as they come.
+
+    Args:
+        keep: all pool features.
+    """
     summary, kept = Summary(extractor), [torch.zeros(0, extractor.pool_size)]
+    waiting: list[Features] = []
+
+    def take_in() -> None:
+        features = Features.join(waiting)
+        summary.update(summary.count, features)
+        kept.extend([features.pool] if keep else [])
+        waiting.clear()
+
     for images in batches:
+        summary.brightest = max(summary.brightest, int(images.max()))
         for start in range(0, len(images), extractor.batch_size):
-            batch = images[start : start + extractor.batch_size]
-            features = extractor(batch)
-            summary.update(summary.count, features, int(batch.max()))
-            kept.append(features.pool)
+            waiting.append(extractor(images[start : start + extractor.batch_size]))
+            if sum(map(len, waiting)) >= TOGETHER:
+                take_in()
+    if waiting:
+        take_in()
     return Measured(summary, torch.cat(kept))

@@ -12,11 +12,9 @@ outlived its launch does no harm.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -26,7 +24,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from diffussm import __version__
 from diffussm.data.workers import Progress, Workers, from_first
@@ -53,7 +50,7 @@ class Survey:
 
     def __init__(self, images: ImageSet, extractor: Extractor, title: str, kept: np.ndarray, folder: Path) -> None:
         self._images, self._extractor, self._title, self._kept = images, extractor, title, kept
-        what = f"{images.identity} {len(images)} {extractor.identity} {__version__} {PART}"
+        what = f"{images.identity} {len(images)} {extractor.identity} {extractor.device.type} {__version__} {PART}"
         digest = hashlib.sha256(what.encode() + np.asarray(kept, "<i8").tobytes()).hexdigest()
         self.folder = folder / digest[:16]
         self._parts = math.ceil(len(images) / PART)
@@ -84,15 +81,8 @@ class Survey:
             progress.wait_for_shards()
         return self._combine(launch).check(self._images.name)
 
-    def remove(self) -> None:
-        """Forget what is stored."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other sets are in it
-            self.folder.parent.rmdir()
-
     def _prepare(self) -> int:
         """Join what earlier launches have measured, and give this one a number."""
-        self._images.check()
         self.folder.mkdir(parents=True, exist_ok=True)
         launch, earlier = secrets.randbits(48), sorted(self.folder.glob("state-*.safetensors"))
         summary, done = Summary(self._extractor), set()
@@ -123,14 +113,16 @@ class Survey:
             for numbers in map(self._numbers, parts)
             for start in range(0, len(numbers), size)
         ]
-        pools: dict[int, list[Tensor]] = {part: [torch.zeros(0, self._extractor.pool_size)] for part in parts}
+        found: dict[int, list[Features]] = {part: [] for part in parts}
         for numbers, (features, brightest) in zip(batches, map_batches(self._extract, batches), strict=True):
-            summary.update(numbers[0], features, brightest)
-            pools[numbers[0] // PART].append(features.pool[np.isin(numbers, self._kept)])
+            found[numbers[0] // PART].append(features)
+            summary.brightest = max(summary.brightest, brightest)
             progress.add_images(len(numbers))
-        for part, pool in pools.items():
+        for part, of_part in found.items():
+            features, numbers = Features.join(of_part), self._numbers(part)
+            summary.update(numbers[0], features)
             with atomic_path(self._pool_file(part)) as temporary:
-                np.save(temporary, torch.cat(pool).numpy())
+                np.save(temporary, features.pool[np.isin(numbers, self._kept)].numpy())
 
     def _extract(self, numbers: range) -> tuple[Features, int]:
         images = self._images.read(numbers)
@@ -157,8 +149,11 @@ class Survey:
             summary.combine(self._load(path))
         if sorted(done) != list(range(self._parts)):
             raise UserError(f"another process measures the same images, in {self.folder}: end one, and start again")
-        pools = [torch.from_numpy(np.load(self._pool_file(part), allow_pickle=False)) for part in range(self._parts)]
-        return Measured(summary, torch.cat(pools))
+        try:
+            pools = [np.load(self._pool_file(part), allow_pickle=False) for part in range(self._parts)]
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{self.folder} is damaged ({error}): delete it, and start again") from error
+        return Measured(summary, torch.from_numpy(np.concatenate(pools)))
 
     def _load(self, path: Path) -> Summary:
         return Summary.of_state(self._extractor, load_file(path))

@@ -267,8 +267,8 @@ class _Job:
         dist.all_gather_object(records, record, group=self._cluster.saving)
         problem = next((r for r in records if isinstance(r, str)), "")
         if self._cluster.is_main:
-            if self._score:
-                self._meta["metrics"] |= self._score()
+            if self._score and not problem:
+                self._meta["metrics"] |= self._scored(self._score)
             problem = problem or self._try(lambda: self._saver.publish(self._name, self._meta, records))
             if problem:
                 with contextlib.suppress(OSError, UserError):  # else the next start does it
@@ -276,6 +276,14 @@ class _Job:
             else:
                 self._tidy()
         return self._tell(problem)
+
+    def _scored(self, score: Score) -> dict[str, float]:
+        """What ``score`` finds; nothing where it fails: the others wait for what comes after it."""
+        try:
+            return score()
+        except Exception as error:
+            self._warn(f"checkpoint {self._name} has no score: {error}", "it is saved without one")
+            return {}
 
     def _tell(self, problem: Any) -> str:
         """Rank 0's ``problem``, on every rank; "" where it has none."""

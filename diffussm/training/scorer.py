@@ -41,11 +41,19 @@ class Scorer:
         cluster.from_main(lambda: made.append(self._make_extractor()))  # one rank downloads weights
         self._extractor = made[0] if made else self._make_extractor()
         path = config.data.reference
-        if cluster.from_main(lambda: holds_statistics(path)):
-            self._reference: Gaussian | None = read_reference(path, self._extractor)[0].pool
+        self._reference: Gaussian | None = None
+        known: list[Gaussian] = []
+        if cluster.from_main(lambda: self._read_statistics(path, known)):
+            self._reference = known[0] if known else None
         else:
             real = self._measure(self._real_images(path))
             self._reference = real and real.pool.gaussian()
+
+    def _read_statistics(self, path: str, found: list[Gaussian]) -> bool:
+        """Whether ``path`` is a file of statistics, which goes to ``found``."""
+        if holds_statistics(path):
+            found.append(read_reference(path, self._extractor)[0].pool)
+        return bool(found)
 
     def measure(self, weights: dict[str, Tensor]) -> Callable[[], float] | None:
         """Draw images with ``weights``, given by parameter name, and measure them. Collective.
@@ -61,7 +69,12 @@ class Scorer:
         model = self._painter.model(weights)
         for numbers in self._mine(settings.images, settings.batch):
             self._beat(f"images to score, from number {numbers[0]}")
-            yield self._painter.draw(model, settings, numbers, numbers)
+            yield self._painter.draw(model, settings, numbers, [self._label(number) for number in numbers])
+
+    def _label(self, number: int) -> int:
+        """Classes take turns; of fewer images than classes each has its own, spread over them."""
+        classes, images = self._painter.num_classes, self._settings.images
+        return number if images >= classes else number * classes // images
 
     def _real_images(self, path: str) -> Iterator[np.ndarray]:
         images = open_images(path, MAX_REFERENCE)
@@ -76,7 +89,7 @@ class Scorer:
 
     def _measure(self, images: Iterable[np.ndarray]) -> Summary | None:
         """All ranks' images together, on rank 0. Collective."""
-        state = measure_stream(images, self._extractor).summary.state()
+        state = measure_stream(images, self._extractor, keep=False).summary.state()
         states: list[Any] = [None] * self._cluster.world_size
         dist.gather_object(state, states if self._cluster.is_main else None, group=self._cluster.control)
         if not self._cluster.is_main:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import runs
 
@@ -49,7 +50,13 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def states(folder: Path) -> list[Path]:
-    return list(folder.glob("scoring/*/state-*.safetensors"))
+    return list(folder.glob("scoring/samples.npz/*/state-*.safetensors"))
+
+
+def some_rank_has_saved(folder: Path) -> bool:
+    """Of a launch that goes on with another's."""
+    earlier = [path for path in states(folder) if path.stem.endswith("earlier")]
+    return 0 < len(earlier) < len(states(folder))
 
 
 def test_killed_and_gone_on_with_by_another_number(folder: Path, whole: dict, tmp_path: Path) -> None:
@@ -61,8 +68,11 @@ def test_killed_and_gone_on_with_by_another_number(folder: Path, whole: dict, tm
 
     with runs.started(command(1, *arguments(folder, out)), log, half_done):
         pass
-    first = {path: path.stat().st_ino for path in folder.glob("scoring/*/pool-*.npy")}
-    assert not out.exists() and first
+    assert not out.exists()
+    with runs.started(command(3, *arguments(folder, out)), log, lambda: some_rank_has_saved(folder)) as process:
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        next(rank for rank in ranks if rank.environ().get("RANK") == "2").kill()
+        assert process.wait(timeout=60) != 0  # the others do not wait for it
     done = runs.run(command(2, *arguments(folder, out)))
     assert done.returncode == 0, done.stderr
     shown = [int(n) for n in re.findall(pattern, done.stderr)]
@@ -75,3 +85,13 @@ def test_killed_and_gone_on_with_by_another_number(folder: Path, whole: dict, tm
     assert found == pytest.approx({key: value for key, value in expected.items() if key != "name"}, rel=1e-9)
     assert expected["images"] == COUNT and expected["FID (block-means)"] > 1
     assert not (folder / "scoring").exists()
+
+
+def test_fewer_images_than_processes(folder: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", np.load(folder / "real.npz")["arr_0"][:4])
+    few = [tmp_path / "few.npz", "--reference", folder / "real.npz", "--json"]
+    for ranks in (1, 3):
+        done = runs.run(command(ranks, *few, tmp_path / f"{ranks}.json"))
+        assert done.returncode == 0, done.stderr
+    one, three = (json.loads((tmp_path / f"{ranks}.json").read_text())["rows"][0] for ranks in (1, 3))
+    assert one.pop("name") == three.pop("name") == "few" and three == pytest.approx(one, rel=1e-9)

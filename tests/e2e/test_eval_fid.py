@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffussm.autoencoders.kl import AutoencoderKLCodec
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.commands.eval_fid import main, newest_samples
 from diffussm.data.encode import encode
@@ -87,7 +88,7 @@ def test_scores_the_newest_run_beside_its_floor_and_untrained_samples(tmp_path: 
     assert lines[0] == "features of efficientnet-lite0, against data/test (48 images)"
     assert lines[1].split() == [*METRICS, "images"]
     assert lines[3].split() == ["trained", *(f"{trained[name]:.3f}" for name in names), "32"]
-    assert "fewer than 10,000 images" in lines[5]
+    assert "fewer than 10,000 images" in lines[5] and report["notes"] == lines[5:]
     assert "image/s" in done.stderr
 
 
@@ -200,6 +201,65 @@ def test_a_newer_run_without_samples_is_named(tmp_path, monkeypatch, capsys):
         os.utime(path, (time, time))
     assert newest_samples() == Path("runs/a/samples/samples.npz")
     assert capsys.readouterr().err == "note: runs/b is newer, and has no samples: python tools/sample.py runs/b\n"
+
+
+def test_a_run_on_latents_is_scored_without_a_floor(
+    tmp_path: Path, make_autoencoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, call
+) -> None:
+    """The decoded latents are not the real images; those of a reference file are."""
+    monkeypatch.chdir(tmp_path)
+    codec = AutoencoderKLCodec.open(str(make_autoencoder()), 16, "float32", "cpu")
+    source = ArrayImages("bars", ["bar"], draw_images(8, 1), np.zeros(8, np.int64))
+    encode(source, codec, open_store(tmp_path / "latents"))
+    np.savez("real.npz", draw_images(8, 2))
+    np.savez("samples.npz", draw_images(8, 3))
+    record = {"samples": "samples.npz", "data": {"path": "latents", "reference": None}}
+    Path("samples.json").write_text(json.dumps(record))
+    code, out, error = call(main, "samples.npz", "--reference", "real.npz")
+    assert code == 0, error
+    assert "trained" in out and "floor" not in out
+    assert "note: no floor of real images: latents holds latents of a lossy autoencoder" in error
+    code, _, error = call(main, "samples.npz", "--reference", "real.npz", "--floor", "latents")
+    assert code == 2 and "error: latents holds latents of a lossy autoencoder" in error
+    Path("samples.json").write_text(json.dumps({"samples": "else.npz", "data": 5}))  # another program's
+    code, out, error = call(main, "samples.npz", "--reference", "real.npz", "--json", "-")
+    assert code == 0 and [row["name"] for row in json.loads(out)["rows"]] == ["samples"]
+    assert "FID of fewer than 10,000 images comes out too high" in error
+
+
+def test_what_cannot_be_compared_is_told_before_samples_are_drawn(tmp_path: Path, monkeypatch, call) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("real.npz", draw_images(8, 2))
+    wanted = "out/samples.npz", "--check", "--reference"
+    assert call(main, *wanted, "real.npz") == (0, "", "")
+    code, _, error = call(main, *wanted, "rael.npz")
+    assert code == 2 and error == "error: there is no file rael.npz\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["real.npz"]
+
+
+def test_samples_of_a_file_against_a_folder_of_any_sizes(tmp_path: Path, monkeypatch, call) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("samples.npz", draw_images(8, 3))
+    Path("photos").mkdir()
+    for number, image in enumerate(draw_images(8, 2)):
+        Image.fromarray(image).resize((20 + number, 40)).save(f"photos/{number}.png")
+    code, _, error = call(main, "samples.npz", "--reference", "photos")
+    assert code == 2 and "--size N makes them alike" in error
+    code, out, error = call(main, "samples.npz", "--reference", "photos", "--size", 16)
+    assert code == 0 and "against photos (8 images)" in out, error
+    code, _, error = call(main, "samples.npz", "--reference", "samples.npz", "--size", 16)
+    assert code == 2 and "--size 16 is for folders of image files" in error
+
+
+def test_a_reference_is_not_written_over_its_images(tmp_path: Path, monkeypatch, call) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("real.npz", draw_images(8, 2))
+    before = Path("real.npz").read_bytes()
+    code, _, error = call(main, "--reference", "real.npz", "--write-reference", "real.npz")
+    assert code == 2 and "real.npz holds the images themselves" in error
+    code, _, error = call(main, "real.npz", "--reference", "real.npz", "--write-reference", "new.npz")
+    assert code == 2 and "--write-reference scores nothing: leave samples out" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["real.npz"] and Path("real.npz").read_bytes() == before
 
 
 def test_samples_from_a_pipe_and_from_a_folder_score_as_from_a_file(tmp_path: Path) -> None:

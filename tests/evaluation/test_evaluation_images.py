@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,45 @@ def test_a_sample_file_that_is_shorter_than_it_says(tmp_path: Path, images: np.n
         open_images(path)
 
 
+def test_an_array_that_says_it_is_longer_than_its_entry(tmp_path: Path, images: np.ndarray) -> None:
+    """What lies behind it in the file would be taken for images."""
+    path, arrays = tmp_path / "samples.npz", []
+    for array in (images[:5], images):
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        arrays.append(buffer.getvalue())
+    short = arrays[1][:128] + arrays[0][128:]  # its header says 90
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", short)
+        archive.writestr("other.npy", arrays[1])
+    with pytest.raises(UserError, match=r"samples\.npz: arr_0 is damaged"):
+        open_images(path)
+
+
+@pytest.mark.parametrize("shape", ["(-1, 20, 24, 3)", f"({2**62}, 20, 24, 3)", "(90, 20, 24, " + "1" * 400 + ")"])
+def test_shapes_that_cannot_be(shape: str, tmp_path: Path) -> None:
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + b"\0" * 999)
+    with pytest.raises(UserError, match=r"samples\.npz: arr_0 is damaged"):
+        open_images(tmp_path / "samples.npz")
+
+
+def test_a_member_without_the_ending(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive:
+        archive.writestr("arr_0", b"hello")
+    with pytest.raises(UserError, match=r"samples\.npz has no arr_0, only nothing"):
+        open_images(tmp_path / "samples.npz")
+
+
+def test_several_processes_do_not_each_unpack_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "samples.npz", np.zeros((9, 8, 8, 3), np.uint8))
+    monkeypatch.setattr("diffussm.evaluation.images.LARGEST_COPY", 9 * 8 * 8 * 3)
+    assert len(open_images(tmp_path / "samples.npz")) == 9
+    with pytest.raises(UserError, match=r"samples\.npz: arr_0 is compressed.*numpy\.savez"):
+        open_images(tmp_path / "samples.npz", alone=False)
+
+
 def test_an_encoded_data_set_gives_its_very_images(data_set: Path, images: np.ndarray) -> None:
     found = whole(data_set)
     assert found.shape == images.shape
@@ -131,9 +172,8 @@ def test_a_folder_of_any_images_is_cropped_as_for_encoding(folder: Path, images:
     # as ADM does: 20×24 by averages to 10×12, of which the middle
     halved = images[0].reshape(10, 2, 12, 2, 3).mean((1, 3))[:, 1:11]
     assert np.abs(made[1] - halved).max() <= 1
-    with pytest.raises(UserError, match="--size 10 is for folders"):
-        np.savez(folder / "samples.npz", images)
-        open_images(folder / "samples.npz", size=10)
+    np.savez(folder / "samples.npz", images)  # stays as it is
+    assert open_images(folder / "samples.npz", size=10).read([0]).shape == (1, 20, 24, 3)
 
 
 BAD_FILES = {
@@ -143,9 +183,22 @@ BAD_FILES = {
     "transparent": (lambda p, image: Image.fromarray(image).convert("RGBA").save(p), r"is transparent \(RGBA\)"),
     "transparent by one colour": (lambda p, i: Image.fromarray(i).save(p, transparency=(1, 2, 3)), "is transparent"),
     "of a palette": (lambda p, image: Image.fromarray(image).convert("P").save(p), r"is coloured \(P\), not RGB"),
+    "deep": (lambda path, image: save_deep(path, image), "z.png has 16 bits a channel"),
     "no image": (lambda path, image: path.write_bytes(b"hello"), "z.png cannot be decoded"),
     "torn": (lambda path, image: tear(path, image), "z.png cannot be decoded"),
 }
+
+
+def save_deep(path: Path, image: np.ndarray) -> None:
+    """PNG, 16 bits a channel, which Pillow does not write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image.astype(np.uint16) * 257)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 16, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
 
 
 def tear(path: Path, image: np.ndarray) -> None:

@@ -158,7 +158,7 @@ def test_the_command_scores_by_a_published_reference_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(weights, "weights.pth")
-    monkeypatch.setattr(module, "WEIGHTS_SHA256", sha256_of("weights.pth")[:8])
+    monkeypatch.setattr(module, "WEIGHTS_SHA256", sha256_of("weights.pth"))
     samples = np.concatenate([edges(), 255 - edges(), edges()[:, ::-1]])
     np.savez("samples.npz", samples)
     moments = {"mu": np.ones(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": 4 * np.eye(2023)}
@@ -185,7 +185,7 @@ def weights_file(tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest
     path = tmp_path / "server" / "weights.pth"
     path.parent.mkdir()
     torch.save({name: weights[name] for name in ("fc.weight", "fc.bias")}, path)
-    monkeypatch.setattr(module, "WEIGHTS_SHA256", sha256_of(path)[:8])
+    monkeypatch.setattr(module, "WEIGHTS_SHA256", sha256_of(path))
     monkeypatch.setattr(module, "WEIGHTS_URL", path.as_uri())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return path
@@ -231,4 +231,4 @@ def test_without_a_network(weights_file: Path) -> None:
 
 def test_the_published_file() -> None:
     """PyTorch puts the first digits of a file's sha256 into its name."""
-    assert module.WEIGHTS_URL.endswith(f"-{module.WEIGHTS_SHA256}.pth")
+    assert module.WEIGHTS_URL.endswith(f"-{module.WEIGHTS_SHA256[:8]}.pth") and len(module.WEIGHTS_SHA256) == 64

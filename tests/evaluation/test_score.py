@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from diffussm.data.workers import Alone
@@ -27,14 +28,18 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.g
 
 def scored(real: Path, samples: Path, extractor, **options: object) -> dict:
     """The row of a whole evaluation by one process."""
-    scoring = Scoring(extractor, Alone(), samples.parent / "scoring", None, **options)
-    scoring.add("samples", samples)
+    scoring = Scoring(extractor, Alone(), samples.parent / "scoring" / "samples.npz", None, **options)
     scoring.compare_with(real, None)
+    scoring.add("samples", samples)
     (row,) = scoring.run()
     assert row.pop("name") == "samples"
     scoring.remove()
     assert not (samples.parent / "scoring").exists()
     return row
+
+
+def write(real: Path, target: Path, extractor) -> None:
+    Scoring(extractor, Alone(), target.parent / "scoring" / target.name, None).write_reference(real, None, target)
 
 
 @pytest.fixture
@@ -64,7 +69,7 @@ def test_a_reference_file_gives_the_figures_of_its_images(
 ) -> None:
     real, samples = files
     expected = scored(real, samples, block_means)
-    Scoring(block_means, Alone(), tmp_path / "scoring", None).write_reference(real, None, tmp_path / "reference.npz")
+    write(real, tmp_path / "reference.npz", block_means)
     assert not (tmp_path / "scoring").exists()
     with np.load(tmp_path / "reference.npz", allow_pickle=False) as written:
         arrays = dict(written)
@@ -92,7 +97,7 @@ def test_a_reference_keeps_some_images_and_counts_all(
     monkeypatch.setattr(reference_module, "IMAGES_AT_ONCE", 7)
     np.savez(tmp_path / "real.npz", images)
     target = tmp_path / "reference.npz"
-    Scoring(block_means, Alone(), tmp_path / "scoring", None).write_reference(tmp_path / "real.npz", None, target)
+    write(tmp_path / "real.npz", target, block_means)
     with np.load(target, allow_pickle=False) as written:
         assert written["count"] == 90 and written["arr_0"].shape == (20, 20, 24, 3)
         np.testing.assert_allclose(written["features"], block_means(written["arr_0"]).pool, rtol=1e-6)
@@ -112,7 +117,7 @@ def moments_file(path: Path, size: int, spatial: int, **more: object) -> Path:
     [
         (2048, 2023, None, "--extractor inception-2015"),
         (17, 4, None, "another"),
-        (16, 4, "chequers", "--extractor chequers"),
+        (16, 4, "efficientnet-lite0", "--extractor efficientnet-lite0"),
     ],
 )
 def test_statistics_of_another_extractor(
@@ -124,11 +129,101 @@ def test_statistics_of_another_extractor(
         read_reference(path, block_means)
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"sigma": -np.eye(16)}, "a covariance has the eigenvalue -1"),
+        ({"sigma": np.triu(np.ones((16, 16)))}, "a covariance is not symmetric"),
+        ({"sigma_s": np.eye(5)}, r"a mean of \(4,\) does not go with a covariance of \(5, 5\)"),
+        ({"count": np.array([1, 2])}, "count is not a number"),
+        ({"mu": np.full(16, np.inf)}, "mu is not an array of finite"),
+        ({"extractor": np.array("\x1b[2J")}, r"'\\x1b\[2J', which this version does not have"),
+    ],
+)
+def test_statistics_that_are_none(changes: dict, problem: str, tmp_path: Path, block_means) -> None:
+    path = moments_file(tmp_path / "r.npz", 16, 4, **changes)
+    with pytest.raises(UserError, match=rf"r\.npz.*{problem}"):
+        read_reference(path, block_means)
+
+
+def test_a_figure_that_is_not_finite(files, tmp_path: Path, block_means) -> None:
+    with pytest.raises(UserError, match="a figure is not finite"):
+        scored(moments_file(tmp_path / "r.npz", 16, 4, mu=np.full(16, 1e200)), files[1], block_means)
+
+
+def test_features_are_kept_only_where_something_needs_them(files, tmp_path: Path, block_means, monkeypatch) -> None:
+    kept = []
+    monkeypatch.setattr("diffussm.evaluation.scoring.score", lambda measured, *_: kept.append(len(measured.features)))
+    moments = moments_file(tmp_path / "moments.npz", 16, 4)
+    for real, options in ((moments, {}), (moments, {"bootstrap": 20}), (files[0], {})):
+        with pytest.raises(TypeError):  # it was to return figures
+            scored(real, files[1], block_means, **options)
+    assert kept == [0, 40, 40]
+    assert len(measure_stream([np.zeros((50, 20, 24, 3), np.uint8)], block_means, keep=False).features) == 0
+
+
+def test_what_is_damaged_or_too_small_is_told_before_anything_is_measured(files, tmp_path: Path, block_means) -> None:
+    real, samples = files
+    content = bytearray(samples.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(content)
+    np.savez(tmp_path / "three.npz", np.load(samples)["arr_0"][:3])
+    block_means.__class__.__call__, before = None, block_means.__class__.__call__
+    try:
+        for name, problem in ("flipped.npz", "arr_0 is damaged"), ("three.npz", "at least 4 images in each set, got 3"):
+            with pytest.raises(UserError, match=problem):
+                scored(real, tmp_path / name, block_means)
+    finally:
+        block_means.__class__.__call__ = before
+    assert not (tmp_path / "scoring").exists()
+
+
+def test_an_evaluation_is_by_one_launch_at_a_time(files, tmp_path: Path, block_means) -> None:
+    real, samples = files
+
+    def scoring(name: str) -> Scoring:
+        made = Scoring(block_means, Alone(), tmp_path / "scoring" / name, None)
+        made.compare_with(real, None)
+        made.add("samples", samples)
+        return made
+
+    first = scoring("samples.npz")
+    expected = first.run()
+    with pytest.raises(UserError, match=r"scoring/samples\.npz is in use by process"):
+        scoring("samples.npz").run()
+    other = scoring("other.npz")  # with the same reference
+    assert other.run() == expected
+    other.remove()
+    first.remove()
+    assert not (tmp_path / "scoring").exists()
+
+
+def test_a_folder_is_measured_anew_where_its_images_are_drawn_anew(tmp_path: Path, images, block_means) -> None:
+    """They are as long as before; an earlier launch has ended before all were compared."""
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    np.savez(tmp_path / "real.npz", images[:50])
+
+    def run(pixels: np.ndarray) -> list[dict]:
+        for number, image in enumerate(pixels):
+            Image.fromarray(image).save(folder / f"{number:02}.bmp")
+        scoring = Scoring(block_means, Alone(), tmp_path / "scoring" / "samples", None)
+        scoring.compare_with(tmp_path / "real.npz", None)
+        scoring.add("samples", folder)
+        rows = scoring.run()
+        scoring._lock.close()
+        return rows
+
+    first = run(images[50:])
+    assert run(images[50:] // 3) != first
+    assert run(images[50:]) == first
+
+
 def test_features_that_are_not_finite(images: np.ndarray, block_means) -> None:
     features = block_means(images)
     features.pool[3, 1] = np.nan
     with pytest.raises(UserError, match="features of images 10 to 99 are not finite"):
-        Summary(block_means).update(10, features, 255)
+        Summary(block_means).update(10, features)
 
 
 def test_ones_and_zeros_are_no_images(images: np.ndarray, block_means) -> None:
@@ -157,7 +252,7 @@ def test_the_bootstrap_tells_how_figures_of_other_images_would_spread() -> None:
     for _ in range(20):
         samples = draw(400)
         distance = frechet_distance(Gaussian.of_samples(samples), reference)
-        low, high = interval(distance, list(bootstrap_distances(samples, reference, 200)))
+        low, high = interval(distance, list(bootstrap_distances(samples, reference, 200, samples.device)))
         assert low < distance < high
         widths.append(high - low)
         hits += low < true.mean() < high
@@ -173,7 +268,7 @@ def test_an_interval_on_request(files, block_means) -> None:
 
 
 def test_two_sets_of_one_name(files, block_means) -> None:
-    scoring = Scoring(block_means, Alone(), files[0].parent, None)
+    scoring = Scoring(block_means, Alone(), files[0].parent / "scoring", None)
     scoring.add("samples", files[0])
     with pytest.raises(UserError, match="two sets are called samples"):
         scoring.add("samples", files[1])

@@ -40,7 +40,7 @@ def make_saver(store, cluster, keep=2, every=0, best=None):
     return saver.Saver(store, cluster, partition(model()), surplus, best)
 
 
-def save(store, cluster, *images, metrics=None, make=None, wait=True, **keep) -> DiffuSSM:
+def save(store, cluster, *images, metrics=None, make=None, wait=True, score=None, **keep) -> DiffuSSM:
     """Checkpoints by one rank, whose average is the weights times 2."""
     network = model()
     made = make or make_saver(store, cluster, **keep)
@@ -51,7 +51,7 @@ def save(store, cluster, *images, metrics=None, make=None, wait=True, **keep) ->
         }  # fmt: skip
         weights = [p.detach() for p in network.parameters()]
         kinds = {"weight": weights, "exp_avg": weights, "exp_avg_sq": weights, "ema-40": [2 * p for p in weights]}
-        made.save(meta, kinds, wait)
+        made.save(meta, kinds, wait, score)
     return network
 
 

@@ -252,6 +252,26 @@ def test_what_fails_twice_ends_the_run_and_leaves_the_one_before(tmp_path, clust
     assert files(store) == before and checkpoint.find(store).name == name(1)
 
 
+def test_a_score_is_of_its_checkpoint_and_one_that_fails_is_left_out(tmp_path, cluster, capsys):
+    store = LocalStore(tmp_path)
+    made = make_saver(store, cluster, keep=9, best="fid/x")
+
+    def fails() -> dict[str, float]:
+        raise OSError(28, "No space left on device")
+
+    for seen, score in ((1, lambda: {"fid/x": 7.0}), (2, lambda: {"fid/x": 5.0}), (3, fails), (4, None)):
+        save(store, cluster, seen, make=made, metrics=[0.1], score=score)
+    found = {c.name: c.meta["metrics"] for c in checkpoint.complete(store)}
+    assert found == {
+        name(1): {"loss/total": 0.1, "fid/x": 7.0},
+        name(2): {"loss/total": 0.1, "fid/x": 5.0},
+        name(3): {"loss/total": 0.1},
+        name(4): {"loss/total": 0.1},
+    }
+    assert bytes(store.read("best")) == f"{name(2)}\n".encode()
+    assert "checkpoint images-000000000003 has no score: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
 def test_what_failed_is_made_up_for_by_the_next(tmp_path, cluster, capsys):
     store = Flaky(tmp_path)
     made = make_saver(store, cluster)
