@@ -169,7 +169,8 @@ RULES = [
         replace=NO_DOWNLOAD,
     ),
     Rule(r"python tools/eval_fid\.py.*", add="--max-reference 64"),
-    Rule(r"python tools/(verify_shards|preflight|count_flops|plan_run)\.py.*"),
+    Rule(r"python tools/(verify_shards|preflight|count_flops|plan_run|convert_checkpoint)\.py.*"),
+    Rule(r"python examples/grid\.py .*"),
     Rule(r"python -m benchmarks\.\w+.*", knows_its_options, add="--help"),
 ]
 
