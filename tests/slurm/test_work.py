@@ -83,6 +83,26 @@ def test_samples_by_two_nodes_and_their_scores(
     with np.load(tmp_path / "samples/samples.npz") as file:
         assert file["arr_0"].shape == (40, 16, 16, 3) and file["arr_1"].tolist() == [0, 1, 2] * 13 + [0]
     assert "features of efficientnet-lite0, against" in log and "40 images of " in log
+    assert not (tmp_path / "samples/scoring").exists()
+
+
+def test_what_cannot_be_scored_is_told_before_samples_are_drawn(
+    cluster: Cluster, plain_environment, whole: Path, shades, tmp_path
+) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"others")
+    settings = {
+        "DIFFUSSM_RUN": str(whole),
+        "DIFFUSSM_OUT": str(tmp_path / "samples"),
+        "DIFFUSSM_REFERENCE": str(shades / "test"),
+        "DIFFUSSM_EXTRACTOR": "inception-2015",
+        "DIFFUSSM_INCEPTION_WEIGHTS": str(tmp_path / "weights.pth"),
+    }
+    job = cluster.submit(LAUNCH / "slurm_eval.sh", "--nodes=2", *ONE, cwd=tmp_path, env=plain_environment | settings)
+    ended = cluster.wait_ended(job, 120)
+    log = next(tmp_path.glob("*.out")).read_text()
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0"), log
+    assert "weights.pth does not hold the weights of inception-2015-12-05" in log
+    assert not (tmp_path / "samples").exists()
 
 
 def test_nodes_are_checked_before_they_train(cluster: Cluster, plain_environment, shades, tmp_path) -> None:
