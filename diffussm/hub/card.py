@@ -55,7 +55,7 @@ def model_card(meta: dict[str, Any], weights: str, scores: str, license: str) ->
         ("parameters", f"{parameters:,}"),
         ("MACs of a forward pass, an image", f"{macs / 1e9:,.4g} G"),
         ("latents", f"{channels}×{height}×{width}"),
-        ("training, 2 FLOPs a MAC, 3 forward passes' worth an image", f"{6 * macs * meta['images']:.3g} FLOPs"),
+        ("compute of training: 3 forward passes an image, 2 FLOPs a MAC", f"{6 * macs * meta['images']:.3g} FLOPs"),
         ("classes", f"{len(names):,}" if names else "none"),
         ("weights", weights),
         ("images seen in training", f"{meta['images']:,}"),

@@ -8,6 +8,7 @@ import json
 import pickletools
 import zipfile
 from collections.abc import Iterable
+from pathlib import Path
 
 from diffussm.data.store import Store, open_store
 from diffussm.errors import UserError
@@ -131,8 +132,17 @@ def _folder(store: Store) -> str:
     if store.exists("latest") and bytes(store.read("latest")).startswith(b"global_step"):
         return DEEPSPEED
     if not any(map(store.exists, OF_RUNS)):
-        for name in store.list():
-            if name.endswith(WEIGHTS) and name.removeprefix("checkpoints/").count("/") == 0:
-                what = _file(store, name)
-                return "" if what == UNKNOWN else f"a folder with {name}, {what}"
+        for name in filter(store.exists, _weights_in(store)):
+            what = _file(store, name)
+            return "" if what == UNKNOWN else f"a folder with {name}, {what}"
     return ""
+
+
+def _weights_in(store: Store) -> list[str]:
+    """Names of files of weights at the top, or in checkpoints/. On a disk the folders further down are not walked."""
+    if "://" in str(store):
+        names = list(store.list())
+    else:
+        root = Path(str(store))
+        names = [path.relative_to(root).as_posix() for at in ("*", "checkpoints/*") for path in root.glob(at)]
+    return sorted(name for name in names if name.endswith(WEIGHTS) and "/" not in name.removeprefix("checkpoints/"))
