@@ -145,8 +145,8 @@ class TrainConfig:
         resume: auto goes on from the run's newest complete checkpoint; none needs a new run; else the path or s3:// URL
             of a checkpoint, for a new run.
         init_from: path or s3:// URL that a new run takes its first weights from, whatever resolution they were trained
-            at: a checkpoint, of which the first average counts; a .safetensors file; or what torch.load reads with
-            weights_only.
+            at: a checkpoint, of which the first average counts; a converted pipeline; a .safetensors file; or what
+            torch.load reads with weights_only.
         compile: backend of torch.compile, such as inductor; null: none.
         max_hours: after them the run saves and stops, as at SIGTERM; 0: no limit.
         hang_minutes: without progress, after which every rank shows where it hangs and ends; 0: never.

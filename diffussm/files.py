@@ -33,7 +33,7 @@ def atomic_path(path: str | Path, replace: bool = True) -> Iterator[Path]:
     A process that is killed meanwhile leaves a hidden folder: :func:`remove_temporaries`.
 
     Raises:
-        FileExistsError: ``path`` exists, and ``replace`` is False.
+        FileExistsError: ``path`` exists, and ``replace`` is False, or a folder was made.
         OSError: the disk or the quota is full; it names ``path``.
     """
     path = Path(path)
@@ -43,7 +43,7 @@ def atomic_path(path: str | Path, replace: bool = True) -> Iterator[Path]:
             temporary = Path(folder) / path.name
             yield temporary
             fsync(temporary)
-            if replace:
+            if replace or temporary.is_dir():  # which takes the place of nothing but an empty folder
                 os.replace(temporary, path)
             else:
                 os.link(temporary, path)
@@ -51,6 +51,8 @@ def atomic_path(path: str | Path, replace: bool = True) -> Iterator[Path]:
     except OSError as error:
         if error.errno in DISK_FULL:
             raise OSError(error.errno, error.strerror, str(path)) from error
+        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR) and str(error.filename2) == str(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
         raise
 
 

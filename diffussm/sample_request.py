@@ -93,13 +93,14 @@ class Request:
         """How the images are drawn, for samples.json."""
         settings = {key: getattr(self.settings, key) for key in ("sampler", "steps", "guidance")}
         keys = "guidance_channels", "random_classes", "seed", "precision", "rounding"
-        return {"count": self.count, **settings, **{key: getattr(self, key) for key in keys}}
+        drawn = {"count": self.count, **settings, **{key: getattr(self, key) for key in keys}}
+        return {"manifest": self.checkpoint.digest, **drawn}
 
     def description(self) -> dict[str, Any]:
         """All that the images depend on, as JSON, wherever the checkpoint lies: its manifest tells what it is."""
-        manifest = hashlib.sha256(json.dumps(self.checkpoint.manifest, sort_keys=True).encode()).hexdigest()
         values = {key: value for key, value in vars(self).items() if key not in ("checkpoint", "settings")}
-        return {"checkpoint": self.checkpoint.name, "manifest": manifest, **values, "settings": asdict(self.settings)}
+        known = {"checkpoint": self.checkpoint.name, "manifest": self.checkpoint.digest}
+        return {**known, **values, "settings": asdict(self.settings)}
 
 
 def find_checkpoint(source: str | None, workers: Workers) -> Checkpoint:

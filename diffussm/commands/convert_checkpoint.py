@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import re
 
 from diffussm.autoencoders.codec import codec_from_spec
 from diffussm.commands.common import Parser, emit_json
-from diffussm.config import from_dict
-from diffussm.convert import check_fit, check_target, new_target, scores_of, write_folder, write_weights
+from diffussm.convert import check_fit, check_meta, check_target, new_target, scores_of, write_folder, write_weights
 from diffussm.data.workers import Alone
-from diffussm.errors import UserError
+from diffussm.errors import UserError, needs
 from diffussm.sample_request import find_checkpoint
-from diffussm.training.checkpoint import ema_kind
+from diffussm.training.checkpoint import Checkpoint, ema_kind
 from diffussm.training.foreign import refuse_foreign
 
 EXAMPLES = """\
@@ -23,24 +22,23 @@ python tools/convert_checkpoint.py runs/fashion32 --out fashion32-pipeline
 def main() -> None:
     arguments = parse_arguments()
     to_file = arguments.out.endswith(".safetensors")
-    if not to_file and importlib.util.find_spec("diffusers") is None:
-        raise UserError("a pipeline needs diffusers: pip install diffussm[hub], or convert to a .safetensors file")
+    if not to_file:
+        with needs("a pipeline, unlike a .safetensors file,", "hub"):
+            import diffussm.hub  # noqa: F401
     if arguments.source is not None:
         refuse_foreign(arguments.source)
     check_target(arguments.out)
     found = find_checkpoint(arguments.source, Alone())
-    meta, config = found.meta, from_dict(found.meta["config"])
-    average = arguments.ema_images or meta["ema_images"][0]
-    kind = "weight" if arguments.raw else ema_kind(average)
-    weights = "as trained, not averaged" if arguments.raw else f"EMA of {average:,.0f} images"
-    found.check_kind(kind)
+    meta, config = found.meta, check_meta(found)
+    kind, weights = chosen_weights(arguments, found)
     check_fit(found)
     with new_target(arguments.out) as path:
         if to_file:
             write_weights(found, kind, path)
         else:
             codec = codec_from_spec(meta["codec"], arguments.autoencoder or config.data.autoencoder)
-            write_folder(found, kind, weights, codec, scores_of(found, arguments.source, weights), path)
+            scores = scores_of(found, arguments.source, weights)
+            write_folder(found, kind, weights, codec, scores, arguments.license, path)
     record = {
         "out": arguments.out,
         "format": "safetensors" if to_file else "diffusers",
@@ -51,6 +49,19 @@ def main() -> None:
     if arguments.json != "-":
         print(f"{arguments.out}: {found} (after {meta['images']:,} images), weights {weights}")
     emit_json(arguments.json, record)
+
+
+def chosen_weights(arguments: argparse.Namespace, found: Checkpoint) -> tuple[str, str]:
+    """Their kind, and what to call them. UserError where the checkpoint has none such."""
+    if arguments.raw:
+        return "weight", "as trained, not averaged"
+    average = arguments.ema_images
+    if average is None:
+        if not found.meta["ema_images"]:
+            raise UserError(f"{found} has no averages: say --raw")
+        average = found.meta["ema_images"][0]
+    found.check_kind(ema_kind(average))
+    return ema_kind(average), f"EMA of {average:,.0f} images"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,5 +80,13 @@ def parse_arguments() -> argparse.Namespace:
         "--ema-images", type=float, metavar="N", help="length of the average, of those kept (default: the first)"
     )
     parser.add_argument("--autoencoder", metavar="ID", help="hub id or folder of its weights (default: the run's)")
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        default="apache-2.0",
+        help="of the weights, for the model card (default: %(default)s)",
+    )
     parser.add_json_option()
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.out = re.sub(r"(?<=[^:/])/+$", "", arguments.out)
+    return arguments

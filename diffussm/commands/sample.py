@@ -34,7 +34,7 @@ def sample(arguments: argparse.Namespace, workers: Workers) -> None:
     found = find_checkpoint(arguments.source, workers)
     meta = found.meta
     config: Config = from_dict(meta["config"])
-    average = arguments.ema_images or meta["ema_images"][0]
+    average = meta["ema_images"][0] if arguments.ema_images is None else arguments.ema_images
     classes = chosen_classes(arguments.classes, meta["class_names"])
     settings = SampleConfig(
         sampler=arguments.sampler or config.sample.sampler,

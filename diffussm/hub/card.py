@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
 
+from diffussm.autoencoders.kl import AutoencoderKLCodec
 from diffussm.config import from_dict
 from diffussm.models.diffussm import ModelConfig
 from diffussm.models.macs import forward_macs, parameter_counts
 
 PRIVATE = ("checkpoints", "resume", "init_from")  # of the configuration: places on the trainer's machines
 SHOWN_CLASSES = 20
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def model_card(meta: dict[str, Any], weights: str, scores: dict[str, Any] | None) -> str:
+def model_card(meta: dict[str, Any], weights: str, scores: str, license: str) -> str:
     """Markdown.
 
     Args:
         meta: of the checkpoint.
         weights: which they are, in words.
-        scores: a report of tools/eval_fid.py on these weights, if there is one.
+        scores: :func:`score_table` of these weights, or empty.
+        license: of the weights, the hub's identifier.
     """
     config, names = meta["config"], meta["class_names"]
     size = from_dict(config["model"], ModelConfig)
@@ -32,7 +37,7 @@ def model_card(meta: dict[str, Any], weights: str, scores: dict[str, Any] | None
     macs = sum(forward_macs(size, channels, height * width).values())
     parameters = sum(parameter_counts(size, channels, meta["num_classes"]).values())
     front = ModelCardData(
-        license="apache-2.0",
+        license=license,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["diffussm", "diffusion", "state-space-model", "arxiv:2311.18257"]
@@ -50,6 +55,7 @@ def model_card(meta: dict[str, Any], weights: str, scores: dict[str, Any] | None
         ("parameters", f"{parameters:,}"),
         ("MACs of a forward pass, an image", f"{macs / 1e9:,.4g} G"),
         ("latents", f"{channels}×{height}×{width}"),
+        ("compute of training: 3 forward passes an image, 2 FLOPs a MAC", f"{6 * macs * meta['images']:.3g} FLOPs"),
         ("classes", f"{len(names):,}" if names else "none"),
         ("weights", weights),
         ("images seen in training", f"{meta['images']:,}"),
@@ -73,21 +79,34 @@ def model_card(meta: dict[str, Any], weights: str, scores: dict[str, Any] | None
     ]
     if names:
         more = f" and {len(names) - SHOWN_CLASSES:,} more" if len(names) > SHOWN_CLASSES else ""
-        parts.append(f"Classes: {', '.join(names[:SHOWN_CLASSES])}{more}.\n")
+        parts.append(f"Classes: {', '.join(map(_plain, names[:SHOWN_CLASSES]))}{more}.\n")
     if scores:
-        parts += ["## Scores\n", _scores(scores)]
-    parts += ["## Configuration\n", f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```\n", "Licence: Apache-2.0.\n"]
+        parts += ["## Scores\n", scores]
+    parts += ["## Configuration\n", f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```\n", "## Licence\n"]
+    parts.append(f"Of the network's weights: {_plain(license)}.\n")
+    if meta["codec"].get("name") == AutoencoderKLCodec.name:
+        location = meta["codec"]["location"]
+        origin = f" from `{location}`" if HUB_ID.fullmatch(location) and not Path(location).exists() else ""
+        parts.append(f"The autoencoder in `vae` was taken{origin} as it is, and its own licence holds.\n")
     return "\n".join(parts)
 
 
-def _scores(report: dict[str, Any]) -> str:
-    """The table of what was scored together, and how the samples were drawn."""
+def score_table(report: dict[str, Any]) -> str:
+    """Markdown of a report of tools/eval_fid.py: what was scored together, and how the samples were drawn."""
     extractor, samples = report["extractor"], report["samples"]
     metrics = [key for key in report["rows"][0] if key.endswith(f"({extractor})")]
-    rows = [(row["name"], *(_number(row.get(key)) for key in metrics), f"{row['images']:,}") for row in report["rows"]]
+    rows = [
+        (_plain(row["name"]), *(_number(row.get(key)) for key in metrics), f"{row['images']:,}")
+        for row in report["rows"]
+    ]
     drawn = f"{samples['sampler']}, {samples['steps']} steps, guidance {samples['guidance']:g}"
     names = [key.removesuffix(f" ({extractor})") for key in metrics]
     return f"By {extractor}; samples drawn with {drawn}.\n\n" + _table(("", *names, "images"), rows)
+
+
+def _plain(text: str) -> str:
+    """As one line that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]|<>&#])", r"\\\1", " ".join(text.split()))
 
 
 def _number(value: float | None) -> str:

@@ -24,8 +24,6 @@ from diffussm.hub.pipeline import DiffuSSMPipeline
 from diffussm.hub.schedulers import scheduler_for
 from diffussm.models.diffussm import ModelConfig
 
-DOOR = '"""What diffusers runs where it is told to trust this folder: the installed package, and nothing else."""\n\n'
-
 
 def empty_model(meta: dict[str, Any]) -> DiffuSSMModel:
     """The network that a checkpoint's weights fit, without memory for them."""
@@ -66,14 +64,11 @@ def write_pipeline(
     )
     folder.mkdir()
     for name in ("transformer", "scheduler"):
-        component = getattr(pipeline, name)
-        component.save_config(folder / name)
-        module, kind = type(component).__module__, type(component).__name__
-        (folder / name / f"{module}.py").write_text(f"{DOOR}from {module} import {kind}  # noqa: F401\n")
+        getattr(pipeline, name).save_config(folder / name)
+    pipeline.write_doors(folder)
     if with_vae:
         pipeline.vae.register_to_config(_name_or_path="")  # a path of this machine
         pipeline.vae.save_pretrained(folder / "vae")
     write_weights(folder / "transformer" / SAFETENSORS_WEIGHTS_NAME)
     pipeline.save_config(folder)
-    (folder / "pipeline.py").write_text(f"{DOOR}from diffussm.hub import DiffuSSMPipeline  # noqa: F401\n")
     (folder / "README.md").write_text(card)

@@ -14,6 +14,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import is_accelerate_available
 from torch import Tensor
 
+from diffussm.errors import UserError
 from diffussm.models.diffussm import DiffuSSM, ModelConfig
 from diffussm.models.s4d import BiSSM
 
@@ -63,15 +64,29 @@ class DiffuSSMModel(DiffuSSM, ModelMixin, ConfigMixin):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> DiffuSSMModel:
-        """As diffusers', from safetensors; rounded once it is read: diffusers would round the state space, too."""
+        """As diffusers', from safetensors; rounded once it is read: diffusers would round the state space, too.
+
+        Raises:
+            UserError: the weights are not all those of the configuration's model, or the dtype is none of torch's.
+        """
+        dtype = dtype or torch_dtype or torch.float32
+        if not isinstance(dtype, torch.dtype):
+            raise UserError(
+                f"dtype {dtype!r} is not one of torch's: give torch.float32, torch.bfloat16 or torch.float16"
+            )
         options.setdefault("low_cpu_mem_usage", is_accelerate_available())
         options["use_safetensors"] = True  # never a pickle
-        model = super().from_pretrained(pretrained_model_name_or_path, **options)
-        for (
-            parameter
-        ) in model.parameters():  # mapped from the file, it lies unaligned: products would round differently
+        with_info = options.pop("output_loading_info", False)
+        checks = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are told, here
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **options, **checks)
+        for problem in ("missing", "unexpected", "mismatched"):
+            if names := sorted(map(str, info[f"{problem}_keys"])):
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise UserError(f"{pretrained_model_name_or_path}: {problem} weights: {names[0]}{more}")
+        for parameter in model.parameters():  # mapped from the file, unaligned: products would round differently
             parameter.data = parameter.data.clone()
-        return torch.nn.Module.to(model, dtype or torch_dtype or torch.float32)
+        torch.nn.Module.to(model, dtype)
+        return (model, info) if with_info else model
 
     @property
     def gradient_checkpointing(self) -> bool:

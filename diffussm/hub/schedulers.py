@@ -9,11 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    SchedulerMixin,
-)
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 
 from diffussm.diffusion.schedule import Schedule
 
@@ -61,15 +57,19 @@ def _full(config: Any) -> Schedule:
 
 
 def _respaced(config: Any, steps: int | None) -> list[int]:
-    return _full(config).respace(steps or config.num_train_timesteps).timesteps.flip(0).tolist()
+    steps = config.num_train_timesteps if steps is None else steps
+    return _full(config).respace(steps).timesteps.flip(0).tolist()
 
 
 def scheduler_for(sampler: str, steps: int) -> SchedulerMixin:
     """That does what a sampler of :mod:`diffussm.diffusion.samplers` does, for a model of ``steps`` timesteps."""
-    linear = {"num_train_timesteps": steps, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2}
+    config = {
+        "num_train_timesteps": steps, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2,
+        "variance_type": "learned_range", "timestep_spacing": "linspace",
+    }  # fmt: skip
     if sampler == "ancestral":
-        return RespacedDDPMScheduler(
-            **linear, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
-        )
+        return RespacedDDPMScheduler(**config, clip_sample=False)
     order = {"ddim": 1, "dpm++": 2}[sampler]
-    return RespacedDPMSolverScheduler(**linear, solver_order=order, final_sigmas_type="zero")
+    solver = RespacedDPMSolverScheduler(**config, solver_order=order, final_sigmas_type="zero")
+    solver.register_to_config(clip_sample=False)  # it never clips; others that are made of its configuration would
+    return solver

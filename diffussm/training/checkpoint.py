@@ -104,9 +104,16 @@ class Checkpoint:
             meta = json.loads(bytes(self._read(META)))
             if meta["format"] != FORMAT:
                 raise UserError(f"{self} is of format {meta['format']!r}, this version reads {FORMAT!r}")
+            if type(meta["images"]) is not int:
+                raise TypeError("images is not a number")
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{self} is not a checkpoint of diffussm: {META}: {error}") from None
         return meta
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of what the manifest says, that is of every file: the same wherever the checkpoint lies."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
     @property
     def kinds(self) -> list[str]:

@@ -29,6 +29,7 @@ from diffussm.training.tensor_file import read_header, read_ranges
 
 NESTED = ("ema", "model", "state_dict", "module")  # keys under which weights are often kept
 SHOWN = 3  # names in a message
+IN_TRANSFORMER = "diffusion_pytorch_model.safetensors"  # of a pipeline of diffusers
 
 
 def find_checkpoint(store: Store, resume: str, cluster: Cluster) -> Checkpoint | None:
@@ -123,12 +124,17 @@ def weights_from(place: str) -> dict[str, Tensor]:
         found = Checkpoint.at(place)
         found.verify()
         return found.tensors(ema_kind(found.meta["ema_images"][0]))
+    for weights in (IN_TRANSFORMER, f"transformer/{IN_TRANSFORMER}"):
+        if store.exists(f"{name}/{weights}"):
+            return _read_safetensors(store, f"{name}/{weights}")
     if not store.exists(name):
-        raise UserError(f"train.init_from {place}: there is neither a checkpoint nor a file")
+        raise UserError(
+            f"train.init_from {place}: there is neither a checkpoint nor a file, nor a pipeline of diffusers"
+        )
     if name.endswith(".safetensors"):
         return _read_safetensors(store, name)
     if "://" in place:
-        raise UserError(f"train.init_from {place} is neither a checkpoint nor a .safetensors file")
+        raise UserError(f"train.init_from {place} is neither a checkpoint nor a .safetensors file, nor a pipeline")
     return _read_torch(Path(place))
 
 

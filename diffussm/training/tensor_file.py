@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -79,18 +79,32 @@ def read_header(read: Read, size: int, title: str) -> dict[str, Entry]:
     Raises:
         UserError: it is none, or its header points beyond it.
     """
+    length, table = _table(read, size, title)
     try:
-        (length,) = struct.unpack("<Q", bytes(read(0, 8)))
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError("its header is longer than it")
-        table = json.loads(bytes(read(8, length)))
-        entries = {name: _entry(item, size - 8 - length) for name, item in table.items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
+        entries = {name: _entry(item, size - 8 - length) for name, item in table.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{title} is not a safetensors file: {error}") from error
     return {
         name: Entry(entry.dtype, entry.shape, entry.start + 8 + length, entry.end + 8 + length)
         for name, entry in entries.items()
     }
+
+
+def read_names(read: Read, size: int, title: str) -> list[str]:
+    """Those of its tensors, whatever their types. UserError where it is no safetensors file."""
+    return list(_table(read, size, title)[1])
+
+
+def _table(read: Read, size: int, title: str) -> tuple[int, dict[str, Any]]:
+    """The header's length in bytes, and what it says of each tensor."""
+    try:
+        (length,) = struct.unpack("<Q", bytes(read(0, 8)))
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError("its header is longer than it")
+        table = json.loads(bytes(read(8, length)))
+        return length, {name: item for name, item in table.items() if name != "__metadata__"}
+    except (ValueError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise UserError(f"{title} is not a safetensors file: {error}") from error
 
 
 def _entry(item: dict[str, object], data_bytes: int) -> Entry:

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import diffussm.convert as convert_module
 from benchmarks.common import in_fresh_process, peak_memory
 from diffussm.autoencoders.kl import AutoencoderKLCodec
 from diffussm.autoencoders.pixel import PixelCodec
@@ -31,9 +32,12 @@ from diffussm.data.store import open_store
 from diffussm.diffusion.noise import sample_noise
 from diffussm.files import sha256_of
 from diffussm.hub import DiffuSSMModel, DiffuSSMPipeline
+from diffussm.hub.card import model_card
 from diffussm.models.diffussm import DiffuSSM, ModelConfig
+from diffussm.models.macs import forward_macs
 from diffussm.training import checkpoint
 from diffussm.training.monitor import log_of
+from diffussm.training.resume import weights_from
 from diffussm.training.tensor_file import pack
 
 pytestmark = pytest.mark.e2e
@@ -238,11 +242,52 @@ def test_the_model_card(trained, shades, convert, call, draw, tmp_path):
     assert "## Scores" not in (tmp_path / "raw/README.md").read_text()
 
 
+def test_a_card_has_no_scores_of_another_model(trained, convert, draw, tmp_path, monkeypatch):
+    """Of a checkpoint with the same name and length of its average, in the same or in the current folder."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    draw(run, run / "samples")
+    record = json.loads((run / "samples/samples.json").read_text())
+    row = {"name": "a|b", "FID (x)": 1.5, "images": 4}
+    report = {"extractor": "x", "samples": {"path": "here", **record}, "rows": [row]}
+    (run / "scores.json").write_text(json.dumps(report))
+    convert(run, "--out", tmp_path / "same")
+    assert r"| a\|b | 1.500 | 4 |" in (tmp_path / "same/README.md").read_text()
+
+    report["samples"]["manifest"] = "0" * 64
+    for place in (run, tmp_path):
+        (place / "scores.json").write_text(json.dumps(report))
+    convert(run, "--out", tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    shutil.move(run / "checkpoints", tmp_path / "checkpoints")
+    report["samples"]["manifest"] = newest(tmp_path).digest
+    (tmp_path / "scores.json").write_text(json.dumps(report))  # of the current folder, which was not named
+    convert("checkpoints/" + newest(tmp_path).name, "--out", tmp_path / "bare")
+    for name in ("other", "bare"):
+        assert "## Scores" not in (tmp_path / name / "README.md").read_text(), name
+
+
+def test_a_license_and_names_that_are_markup_in_a_card(trained, unconditional, convert, tmp_path, monkeypatch):
+    record = newest(trained).meta
+    card = model_card({**record, "class_names": ["a|b", "<i>c", "d\n# e"]}, "some", "", "cc-by-4.0")
+    assert r"Classes: a\|b, \<i\>c, d \# e." in card
+    macs = sum(forward_macs(ModelConfig("custom", 16, 2, 2, 4), 4, 64).values())
+    assert f"| {6 * macs * 96:.3g} FLOPs |" in card and f"| {macs / 1e9:,.4g} G |" in card
+    convert(unconditional, "--license", "cc-by-nc-4.0", "--out", tmp_path / "pipeline")
+    card = ModelCard.load(tmp_path / "pipeline/README.md")
+    assert card.data.license == "cc-by-nc-4.0" and "Apache" not in card.content and "apache" not in card.content
+    assert "its own licence holds" in card.text
+
+
 def test_training_begins_with_what_was_converted(trained, shades, convert, tmp_path):
     """The file of a pipeline and the one alone are the same: the test before."""
     convert(trained, "--out", tmp_path / "pipeline")
+    weights = load_file(tmp_path / "pipeline" / WEIGHTS)
+    for place in ("pipeline", "pipeline/", "pipeline/transformer"):
+        read = weights_from(f"{tmp_path}/{place}")
+        assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
     first = {}
-    for number, place in enumerate(["null", newest(trained), tmp_path / "pipeline" / WEIGHTS]):
+    for number, place in enumerate(["null", newest(trained), tmp_path / "pipeline"]):
         keys = {"train__init_from": place, "train__total_images": 8, "train__decay_images": 0}
         done = runs.run(runs.command("python", 1, runs.arguments(shades, tmp_path / f"run{number}", **keys)))
         assert done.returncode == 0, done.stderr
@@ -312,8 +357,32 @@ def foreign(folder: Path) -> dict[str, tuple[Path, str]]:
     from diffusers import DiTTransformer2DModel, UNet2DModel
 
     tensor = torch.zeros(2)
-    dit = {"x_embedder.proj.weight": tensor, "blocks.0.attn.qkv.weight": tensor}
+    vit = {"patch_embed.proj.weight": tensor, "blocks.0.attn.qkv.weight": tensor}
+    dit = {**vit, "blocks.0.adaLN_modulation.1.weight": tensor}
+    torch.save(vit, folder / "vit.pt")
     torch.save(dit, folder / "dit.pt")
+    torch.save(dit, folder / "dit-without-extension")
+    torch.save({"ema": dit}, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    results = folder / "000-DiT-XL-2"
+    (results / "checkpoints").mkdir(parents=True)
+    (results / "log.txt").write_text("training")
+    torch.save({"model": dit, "opt": [], "args": ModelConfig()}, results / "checkpoints/0400000.pt")
+    encrypted = bytearray((folder / "dit.pt").read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the bit that says so, of each entry
+        at = -1
+        while (at := encrypted.find(signature, at + 1)) >= 0:
+            encrypted[at + flags] |= 1
+    (folder / "encrypted.pt").write_bytes(encrypted)
+    typed = {"position_ids": torch.zeros(2, dtype=torch.int64), "scale": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    save_file({**{name: tensor.clone() for name in dit}, **typed}, folder / "typed.safetensors")
+    unets = {
+        "sd": ["down_blocks.0.resnets.0.conv1.weight",
+               "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"],
+        "ldm": ["model.diffusion_model.input_blocks.0.0.weight",
+                "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"],
+    }  # fmt: skip
+    for name, names in unets.items():
+        save_file({key: tensor.clone() for key in reversed(names)}, folder / f"{name}.safetensors")
     torch.save({"ema": dit, "args": ModelConfig()}, folder / "dit-training.pt")  # an object, which is never unpickled
     save_file({name: tensor.clone() for name in dit}, folder / "dit.safetensors")
     torch.save([1], folder / "list.pt")
@@ -334,9 +403,17 @@ def foreign(folder: Path) -> dict[str, tuple[Path, str]]:
     bare = folder / "bare"
     (bare / "latest").write_text("global_step10")
     return {
-        "DiT": (folder / "dit.pt", "is a DiT checkpoint, which is another network"),
-        "DiT's training": (folder / "dit-training.pt", "is a DiT checkpoint"),
-        "DiT's safetensors": (folder / "dit.safetensors", "is a DiT checkpoint"),
+        "DiT": (folder / "dit.pt", "is a DiT or SiT checkpoint, which is another network"),
+        "DiT's training": (folder / "dit-training.pt", "is a DiT or SiT checkpoint"),
+        "DiT's safetensors": (folder / "dit.safetensors", "is a DiT or SiT checkpoint"),
+        "DiT's, of other types": (folder / "typed.safetensors", "is a DiT or SiT checkpoint"),
+        "DiT's, without an extension": (folder / "dit-without-extension", "is a DiT or SiT checkpoint"),
+        "DiT's, before torch 1.6": (folder / "legacy.pt", "is a DiT or SiT checkpoint"),
+        "DiT's results": (results, "is a folder with checkpoints/0400000.pt, a DiT or SiT checkpoint"),
+        "a vision transformer": (folder / "vit.pt", "is a file of another program"),
+        "an encrypted zip": (folder / "encrypted.pt", "is a file of another program"),
+        "Stable Diffusion by diffusers": (folder / "sd.safetensors", "is a UNet of diffusers"),
+        "latent diffusion": (folder / "ldm.safetensors", "is a latent diffusion model with a UNet"),
         "a file of DiT by diffusers": (folder / "dit/diffusion_pytorch_model.safetensors", "such as DiT"),
         "a folder of DiT by diffusers": (folder / "dit", "is a DiTTransformer2DModel of diffusers"),
         "UNet": (folder / "unet", "is a UNet2DModel of diffusers"),
@@ -375,7 +452,14 @@ def test_what_is_torn_or_does_not_fit_is_refused(trained, call, tmp_path):
     name = newest(run).name
     place = run / "checkpoints" / name
     refused(call, "has no weights ema-7, but weight, exp_avg", out, run, "--ema-images", 7)
+    refused(call, "has no weights ema-0, but weight, exp_avg", out, run, "--ema-images", 0)
     refused(call, "not allowed with", out, run, "--ema-images", 7, "--raw")
+    scores = {"samples": {"manifest": newest(run).digest, "weights": "EMA of 40 images"}}
+    scores["samples"]["weights"] = f"EMA of {newest(run).meta['ema_images'][0]:,.0f} images"
+    for damaged in ({"rows": []}, {**scores, "extractor": "x", "rows": []}, {**scores, "rows": [{"name": "x"}]}):
+        (run / "scores.json").write_text(json.dumps(damaged))
+        refused(call, "scores.json is damaged", out, run)
+    (run / "scores.json").unlink()
     code, _, error = call(convert_checkpoint.main, run, "--out", "s3://bucket")
     assert code == 2 and "s3://bucket is a bucket" in error
     config = (run / "config.yaml").read_text()
@@ -392,16 +476,25 @@ def test_what_is_torn_or_does_not_fit_is_refused(trained, call, tmp_path):
     refused(call, "is torn", out, place)
     piece.write_bytes(content)
     manifest = (place / "manifest.json").read_text()
-    meta = json.loads((place / "meta.json").read_text())
-    meta["config"]["model"]["width"] = 32
-    (place / "meta.json").write_text(json.dumps(meta))
-    table = json.loads(manifest)
-    table["files"]["meta.json"] = {
-        "size": (place / "meta.json").stat().st_size,
-        "sha256": sha256_of(place / "meta.json"),
-    }
-    (place / "manifest.json").write_text(json.dumps(table))
-    refused(call, "do not fit the model of its meta.json", out, place)
+    meta, table = json.loads((place / "meta.json").read_text()), json.loads(manifest)
+
+    def refused_with(line: str, **changed: object) -> None:
+        told = {key: value for key, value in {**meta, **changed}.items() if value is not None}
+        (place / "meta.json").write_text(json.dumps(told))
+        size, digest = (place / "meta.json").stat().st_size, sha256_of(place / "meta.json")
+        table["files"]["meta.json"] = {"size": size, "sha256": digest}
+        (place / "manifest.json").write_text(json.dumps(table))
+        refused(call, line, out, place)
+
+    config = meta["config"]
+    refused_with("do not fit the model of its meta.json", config={**config, "model": {**config["model"], "width": 32}})
+    refused_with("is not a checkpoint of diffussm: meta.json: 'images'", images=None)
+    for key in ("config", "codec", "ema_images", "class_names"):
+        refused_with(f"meta.json has no {key}", **{key: None})
+    refused_with("has no averages: say --raw", ema_images=[])
+    refused_with("the config of its meta.json is damaged", config={**config, "model": 5})
+    refused_with("sampler 'euler' is none of", config={**config, "sample": {**config["sample"], "sampler": "euler"}})
+    refused_with("unknown codec", codec={"name": "jpeg"})
     (place / "manifest.json").unlink()
     refused(call, "not a complete checkpoint", out, place)
 
@@ -411,6 +504,43 @@ def test_what_is_there_is_not_written_over(trained, call, tmp_path):
         (tmp_path / name).write_text("mine")
         code, _, error = call(convert_checkpoint.main, trained, "--out", tmp_path / name)
         assert code == 2 and "exists: remove it" in error and (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["made.safetensors", "made"])
+def test_what_is_made_meanwhile_is_not_written_over(name, trained, call, tmp_path, monkeypatch):
+    written, out = convert_module.write_weights, tmp_path / name
+
+    def slow(found: checkpoint.Checkpoint, kind: str, path: Path) -> None:
+        written(found, kind, path)
+        if name == "made":
+            out.mkdir()
+        (out / "mine" if name == "made" else out).write_text("mine")
+
+    for module in (convert_module, convert_checkpoint):
+        monkeypatch.setattr(module, "write_weights", slow)
+    code, _, error = call(convert_checkpoint.main, trained, "--out", out)
+    assert code == 2 and error == f"error: {out} has been made by somebody else meanwhile: choose another --out\n"
+    assert os.listdir(tmp_path) == [name]
+    assert os.listdir(out) == ["mine"] if name == "made" else out.read_text() == "mine"
+
+
+def test_a_slash_after_a_file_name_is_no_folder(trained, convert, tmp_path):
+    assert convert(trained, "--out", f"{tmp_path}/w.safetensors/")["format"] == "safetensors"
+    assert (tmp_path / "w.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out"])
+def test_a_conversion_that_is_terminated_leaves_nothing(name, trained, tmp_path):
+    code = f"""
+import os, signal, sys
+from diffussm import convert
+from diffussm.commands import convert_checkpoint
+convert.write = lambda *a: os.kill(os.getpid(), signal.SIGTERM)
+sys.argv = ["convert_checkpoint.py", {str(trained)!r}, "--out", {name!r}]
+convert_checkpoint.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, os.listdir(tmp_path)) == (143, []), done.stderr
 
 
 def test_a_conversion_that_fails_leaves_nothing(trained, unconditional, call, tmp_path, monkeypatch):
@@ -437,6 +567,22 @@ def test_the_door_and_the_newest_run(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("w.safetensors: ") and "EMA of" in done.stdout
     assert len(load_file(tmp_path / "w.safetensors")) == len(newest(trained).manifest["shapes"])
+
+
+def test_a_pipeline_needs_diffusers_and_a_file_does_not(trained, tmp_path):
+    for name, code in (("out", 2), ("w.safetensors", 0)):
+        script = f"""
+import sys
+sys.modules["diffusers"] = None
+from diffussm.commands import convert_checkpoint
+from diffussm.errors import run_command
+sys.argv = ["convert_checkpoint.py", {str(trained)!r}, "--out", {name!r}]
+run_command(convert_checkpoint.main)
+"""
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        line = "error: a pipeline, unlike a .safetensors file, needs diffusers: pip install 'diffussm[hub]'\n"
+        assert done.stderr == line * (code == 2)
 
 
 def test_the_example_draws_a_row_a_class(trained, convert, tmp_path):

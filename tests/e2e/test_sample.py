@@ -113,6 +113,7 @@ def test_an_unconditional_model_trains_and_samples(tmp_path, monkeypatch):
         (["--classes", "plaid"], "--classes 'plaid' is not one of 0..2 or a name (dark, bright, striped)"),
         (["--steps", "1001"], "1..1000"),
         (["--steps", "0"], "at least 1"),
+        (["--ema-images", "0"], "has no weights ema-0"),
         (["--guidance-channels", "5"], "1..4"),
         (["--count", "many"], "--count"),
         (["--sampler", "magic"], "--sampler"),

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from diffusers import ModelMixin
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from diffussm.errors import UserError
 from diffussm.hub import DiffuSSMModel
 from diffussm.models.block import HourglassBlock
 from diffussm.models.diffussm import DiffuSSM, ModelConfig
@@ -84,7 +85,8 @@ def test_the_state_space_stays_exact_in_half_precision(tmp_path):
         error = (output(half) - output(exact)).abs().mean() / output(exact).abs().mean()
         assert output(half).dtype == torch.float32 and 0 < error < 0.03, how
     back = model().to(torch.bfloat16).float()
-    assert all(torch.equal(p, values[name]) == is_ssm(name) or not is_ssm(name) for name, p in back.named_parameters())
+    for name, parameter in back.named_parameters():  # what was rounded stays so
+        assert torch.equal(parameter, values[name] if is_ssm(name) else values[name].bfloat16().float()), name
 
 
 def test_a_cast_keeps_gradients_of_the_state_space(tmp_path):
@@ -150,3 +152,29 @@ def test_a_pickle_is_not_read(tmp_path):
     assert (tmp_path / "diffusion_pytorch_model.bin").exists()
     with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors"):
         DiffuSSMModel.from_pretrained(tmp_path, use_safetensors=None)
+
+
+def test_weights_that_are_not_all_the_models_are_refused(tmp_path):
+    model().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = load_file(file)
+    name, tensor = next(iter(whole.items()))
+    damages = {
+        "missing": {key: value for key, value in whole.items() if key != name},
+        "unexpected": {**whole, "blocks.9.x": torch.zeros(2)},
+        "mismatched": {**whole, name: torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)},
+    }
+    for problem, weights in damages.items():
+        save_file(weights, file, {"format": "pt"})
+        for options in ({}, {"low_cpu_mem_usage": False}):
+            with pytest.raises(UserError, match=f"{problem} weights: .*{'blocks.9.x' if problem[0] == 'u' else name}"):
+                DiffuSSMModel.from_pretrained(tmp_path, **options)
+    save_file(whole, file, {"format": "pt"})
+    loaded, info = DiffuSSMModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert torch.equal(output(loaded), output(model())) and not info["missing_keys"]
+
+
+def test_a_dtype_that_is_none_of_torchs_is_refused(tmp_path):
+    model().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="dtype 'auto' is not one of torch's"):
+        DiffuSSMModel.from_pretrained(tmp_path, torch_dtype="auto")

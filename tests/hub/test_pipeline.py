@@ -7,7 +7,15 @@ import functools
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from PIL import Image
 
 from diffussm.autoencoders.kl import AutoencoderKLCodec
@@ -103,23 +111,27 @@ def test_images_are_those_of_the_codec():
     np.testing.assert_array_equal(np.round(images * 255).astype(np.uint8), expected)
 
 
-def test_diffusers_own_ancestral_scheduler():
+@pytest.mark.parametrize("folder", SAMPLERS)
+def test_diffusers_own_ancestral_scheduler(folder):
     """Its tables are fp32: 1 - ᾱ/ᾱ' has few digits."""
-    stock = DDPMScheduler.from_config(scheduler_for("ancestral", 1000).config)
+    stock = DDPMScheduler.from_config(scheduler_for(folder, 1000).config)
     assert_same(theirs(stock, 50), ours("ancestral", FULL.respace(50)), 1e-5)
 
 
-def test_diffusers_own_ddim():
+@pytest.mark.parametrize("folder", SAMPLERS)
+def test_diffusers_own_ddim(folder):
     """It takes T // n back from each timestep, whatever comes next: with trailing spacing that is the next."""
-    stock = DDIMScheduler.from_config(scheduler_for("ancestral", 1000).config, timestep_spacing="trailing")
+    stock = DDIMScheduler.from_config(scheduler_for(folder, 1000).config, timestep_spacing="trailing")
     kept = torch.arange(19, 1000, 20)
     assert_same(theirs(stock, 50), ours("ddim", Schedule(FULL.alphas_cumprod[kept], kept)), 1e-5)
 
 
-def test_diffusers_own_dpm_solver():
+@pytest.mark.parametrize("folder", SAMPLERS)
+def test_diffusers_own_dpm_solver(folder):
     """Of n - 1 steps it ends at t = 0 with the noise of that; this package's sampler predicts the data from there."""
-    config = scheduler_for("ancestral", 1000).config  # of a learned variance, by which it would cut noise to 3 channels
-    stock = DPMSolverMultistepScheduler.from_config(config, final_sigmas_type="sigma_min", euler_at_final=True)
+    config = scheduler_for(folder, 1000).config  # of a learned variance, by which it would cut noise to 3 channels
+    options = {"final_sigmas_type": "sigma_min", "euler_at_final": True, "solver_order": 2}
+    stock = DPMSolverMultistepScheduler.from_config(config, **options)
     schedule, seen = FULL.respace(50), []
     guided = Guided(network_call(model()), torch.tensor(LABELS), 3, SCALE, CHANNELS)
     SAMPLERS["dpm++"](lambda x, t: seen.append(x) or guided(x, t), X, schedule, None)
@@ -127,10 +139,21 @@ def test_diffusers_own_dpm_solver():
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, DDPMScheduler])
-def test_any_scheduler_goes_by_the_configuration_of_the_folders(kind):
+def test_any_scheduler_goes_by_the_configuration_of_the_folders(kind, tmp_path):
+    """Whichever folder it is of: of the same network and noise, and nothing is clipped to [-1, 1]."""
+    drawn = []
     for sampler in SAMPLERS:
-        scheduler = kind.from_config(scheduler_for(sampler, 1000).config)
-        assert theirs(scheduler, 5, "np").shape == (4, 16, 16, 1)
+        scheduler = scheduler_for(sampler, 1000)
+        theirs(scheduler, 1)  # the configuration is the same after a call, and once saved and loaded
+        scheduler.save_pretrained(tmp_path / sampler)
+        scheduler = type(scheduler).from_pretrained(tmp_path / sampler)
+        fixed = {"solver_order": 2} if kind is DPMSolverMultistepScheduler else {}
+        made = pipeline(kind.from_config(scheduler.config, **fixed))
+        made.transformer.forward = lambda x, t, y, return_dict: (torch.zeros_like(x).repeat(1, 2, 1, 1),)
+        far = made([0] * 4, num_inference_steps=5, latents=X, generator=seeded(), output_type="latent").images
+        assert far.isfinite().all() and far.abs().max() > 10  # without noise it is x_T / sqrt(ᾱ_T)
+        drawn.append(theirs(kind.from_config(scheduler.config, **fixed), 5))
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
 
 
 def test_classes_by_id_and_by_name():
@@ -143,6 +166,9 @@ def test_classes_by_id_and_by_name():
     assert torch.equal(draw(["dark", "bright", 2, "dark"]), draw([0, 1, 2, 0]))
     assert torch.equal(draw("striped", X[:1]), draw(2, X[:1]))
     assert not torch.equal(draw([1, 1, 1, 1]), draw([0, 1, 2, 0]))
+    for labels in (np.array([0, 1, 2, 0]), torch.tensor([0, 1, 2, 0]), (np.int64(0), torch.tensor(1), "striped", 0)):
+        assert made.label_ids(labels) == [0, 1, 2, 0]
+    assert made.label_ids(np.int64(1)) == made.label_ids(torch.tensor(1)) == made.label_ids(np.array(1)) == [1]
 
 
 def test_an_image_of_its_own_generator_does_not_depend_on_the_batch():
@@ -226,6 +252,12 @@ def test_saved_and_loaded_it_draws_the_same(tmp_path, make_autoencoder):
         ({"class_labels": 3}, "class label 3 is not one of 0..2 or a name (dark, bright, striped)"),
         ({"class_labels": -1}, "class label -1 is not one"),
         ({"class_labels": ["plaid"]}, "class label 'plaid' is not one"),
+        ({"class_labels": 1.7}, "class label 1.7 is not one"),
+        ({"class_labels": [0, None]}, "class label None is not one"),
+        ({"class_labels": torch.tensor([0.5])}, "is not one of 0..2"),
+        ({"class_labels": []}, "class_labels is empty"),
+        ({"class_labels": 0, "num_inference_steps": 0}, "num_inference_steps 0 is not at least 1"),
+        ({"class_labels": 0, "num_inference_steps": -1}, "num_inference_steps -1 is not at least 1"),
         ({}, "this model has 3 classes: say class_labels"),
         ({"class_labels": 0, "output_type": "jpeg"}, "output_type 'jpeg' is not one of pil, np, pt, latent"),
         ({"class_labels": 0, "latents": X}, r"latents are [4, 4, 8, 8], where [1, 4, 8, 8] is wanted"),
@@ -247,12 +279,51 @@ def test_labels_of_an_unconditional_model_and_latents_that_nothing_decodes():
         pipeline(vae=None)(0, num_inference_steps=1)
 
 
+@pytest.mark.parametrize("autoencoder", [False, True])
+def test_latents_that_are_not_decoded_are_refused_before_the_first_step(autoencoder, make_autoencoder):
+    made = pipeline(vae=AutoencoderKL.from_pretrained(make_autoencoder())) if autoencoder else pipeline()
+    steps, wide = [], torch.cat([X[:1], X[:1]], dim=3)
+    keys = {"latents": wide, "num_inference_steps": 2, "callback_on_step_end": lambda *a: steps.append(1)}
+    with pytest.raises(UserError, match=r"latents \[4, 8, 16\] are not decoded here, \[4, .*output_type='latent'"):
+        made(0, **keys)
+    assert not steps
+    assert made(0, **keys, output_type="latent").images.shape == wide.shape and len(steps) == 2
+
+
+@pytest.mark.parametrize(
+    "kind", [FlowMatchEulerDiscreteScheduler, functools.partial(DDIMScheduler, prediction_type="sample")]
+)
+def test_schedulers_that_take_no_noise_are_refused(kind):
+    with pytest.raises(UserError, match="takes no predicted noise"):
+        pipeline(kind())(0, num_inference_steps=1)
+
+
+def test_no_steps_are_not_all_steps():
+    for sampler in SAMPLERS:
+        scheduler = scheduler_for(sampler, 1000)
+        with pytest.raises(UserError, match="cannot take 0 sampling steps"):
+            scheduler.set_timesteps(0)
+        scheduler.set_timesteps()
+        assert len(scheduler.timesteps) == 1000
+
+
+def test_what_is_saved_diffusers_alone_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for name, scheduler in (("own", None), ("stock", DDIMScheduler(clip_sample=False))):
+        pipeline(scheduler).save_pretrained(tmp_path / name)
+        how = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+        loaded = DiffusionPipeline.from_pretrained(tmp_path / name, **how)
+        assert type(loaded).__name__ == "DiffuSSMPipeline"
+        assert torch.equal(loaded.transformer.embed.weight, model().embed.weight)
+
+
 def test_of_the_hub_no_code_is_fetched(tmp_path, monkeypatch):
     pipeline().save_pretrained(tmp_path)
     asked = []
     monkeypatch.setattr(
         "diffussm.hub.pipeline.snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path)
     )
-    DiffuSSMPipeline.from_pretrained("someone/something", revision="v1")
+    DiffuSSMPipeline.from_pretrained("someone/something", revision="v1", force_download=True)
     (((name,), options),) = asked
-    assert name == "someone/something" and options["ignore_patterns"] == ["*.py"] and options["revision"] == "v1"
+    assert name == "someone/something" and options["revision"] == "v1" and options["force_download"]
+    assert options["ignore_patterns"] == ["*.py", "*.bin", "*.pt", "*.ckpt"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from s3.conftest import BUCKET
 
 from diffussm.commands import convert_checkpoint
@@ -59,3 +60,23 @@ def test_the_index_comes_last_and_a_failure_leaves_nothing(trained, call, store,
     code, _, error = call(convert_checkpoint.main, trained, "--out", f"s3://{BUCKET}/{prefix}/pipeline")
     assert code == 2 and "No space left" in error and len(order) == 7
     assert not store.list("pipeline/")
+
+
+def test_what_is_made_meanwhile_in_a_bucket_is_not_written_over(trained, call, store, prefix, monkeypatch):
+    url, put = f"s3://{BUCKET}/{prefix}", S3Store.put
+    monkeypatch.setattr("diffussm.commands.convert_checkpoint.check_target", lambda target: None)
+    for name, theirs in (("pipeline", "pipeline/scheduler/scheduler_config.json"), ("w.safetensors", "w.safetensors")):
+        put(store, theirs, b"mine")
+        code, _, error = call(convert_checkpoint.main, trained, "--out", f"{url}/{name}")
+        assert code == 2 and f"{url}/{name} has been made by somebody else meanwhile" in error
+        assert list(store.list(name)) == [theirs] and bytes(store.read(theirs)) == b"mine"
+
+
+def test_a_checkpoint_of_dit_in_a_bucket_is_named(call, store, prefix, tmp_path):
+    weights = {"blocks.0.adaLN_modulation.1.weight": torch.zeros(2)}
+    for zipped in (True, False):
+        torch.save({"model": weights}, tmp_path / "0400000.pt", _use_new_zipfile_serialization=zipped)
+        store.put("run/checkpoints/0400000.pt", (tmp_path / "0400000.pt").read_bytes())
+        for place in ("run", "run/checkpoints", "run/checkpoints/0400000.pt"):
+            code, _, error = call(convert_checkpoint.main, f"s3://{BUCKET}/{prefix}/{place}", "--out", tmp_path / "out")
+            assert code == 2 and "a DiT or SiT checkpoint" in error, error
