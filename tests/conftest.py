@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,19 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.fixture(autouse=True)
+def no_rank_left_behind() -> Iterator[None]:
+    """A command that is called in this process tells its environment its rank, which is none of later tests'."""
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs a command's main in this process: its exit code, stdout and stderr."""
@@ -34,14 +47,11 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def call(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
         name = main.__module__.rpartition(".")[2]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        code, before = 0, dict(os.environ)
+        code = 0
         try:
             run_command(main)
         except SystemExit as exit:
             code = exit.code
-        finally:  # a command tells its own children its rank, and later tests theirs by their own
-            os.environ.clear()
-            os.environ.update(before)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -24,8 +24,6 @@ pytestmark = pytest.mark.e2e
 
 def call(monkeypatch, *arguments: object) -> None:
     """The command in this process, as the door calls it."""
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_ADDR", "x"), ("MASTER_PORT", 0)):
-        monkeypatch.setenv(name, str(value))  # which it would leave to later tests otherwise
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
     run_command(sample.main)
 
