@@ -16,6 +16,8 @@ import psutil
 import yaml
 
 from diffussm.config import CONFIGS
+from diffussm.data.store import open_store
+from diffussm.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "diffussm/train.py")
@@ -60,6 +62,11 @@ def write_config(path: Path, data: Path, **overrides: object) -> Path:
         (table.setdefault(section, {}) if section else table)[name] = yaml.safe_load(value)
     path.write_text(yaml.safe_dump(table))
     return path
+
+
+def newest_checkpoint(run: Path) -> checkpoint.Checkpoint:
+    """Of a run, the newest that is whole."""
+    return checkpoint.find(open_store(run / "checkpoints"))
 
 
 def free_port() -> int:

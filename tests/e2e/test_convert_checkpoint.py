@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,17 +16,13 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import diffussm.convert as convert_module
 from benchmarks.common import in_fresh_process, peak_memory
-from diffussm.autoencoders.kl import AutoencoderKLCodec
 from diffussm.autoencoders.pixel import PixelCodec
 from diffussm.commands import convert_checkpoint, eval_fid, sample
 from diffussm.config import Config, to_dict
-from diffussm.data.encode import encode
 from diffussm.data.index import Index
-from diffussm.data.sources.base import ArrayImages
 from diffussm.data.store import open_store
 from diffussm.diffusion.noise import sample_noise
 from diffussm.files import sha256_of
@@ -43,18 +38,6 @@ from diffussm.training.tensor_file import pack
 pytestmark = pytest.mark.e2e
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def convert(call):
-    """Runs the command; its record."""
-
-    def convert(*arguments: object) -> dict:
-        code, out, error = call(convert_checkpoint.main, *arguments, "--json", "-")
-        assert code == 0, error
-        return json.loads(out)
-
-    return convert
 
 
 @pytest.fixture(autouse=True)
@@ -90,25 +73,6 @@ def staged(shades, trained, tmp_path_factory):
     return made
 
 
-@pytest.fixture(scope="module")
-def unconditional(make_autoencoder, tmp_path_factory) -> Path:
-    """The folder of a run without classes on an AutoencoderKL's latents, whose folder's scale is altered since."""
-    folder, autoencoder = tmp_path_factory.mktemp("kl"), make_autoencoder(scaling_factor=0.5, shift_factor=0.25)
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
-    images = ArrayImages("noise/train", [], pixels, np.zeros(16, np.int64))
-    encode(images, AutoencoderKLCodec.open(str(autoencoder), 16), open_store(folder / "train"))
-    keys = {"train__total_images": 8, "train__decay_images": 0, "sample__sampler": "ddim"}
-    done = runs.run(runs.command("python", 1, runs.arguments(folder, folder / "run", **keys)))
-    assert done.returncode == 0, done.stderr
-    config = json.loads((autoencoder / "config.json").read_text())
-    (autoencoder / "config.json").write_text(json.dumps(config | {"scaling_factor": 9.0, "shift_factor": None}))
-    return folder / "run"
-
-
-def newest(run: Path) -> checkpoint.Checkpoint:
-    return checkpoint.find(open_store(run / "checkpoints"))
-
-
 @torch.no_grad()
 def output(model: torch.nn.Module) -> torch.Tensor:
     torch.manual_seed(0)
@@ -120,7 +84,7 @@ def output(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
 def test_weights_and_outputs_are_the_same_bit_for_bit(zero, staged, convert, tmp_path):
     run, ranks = staged[zero]
-    found = newest(run)
+    found = runs.newest_checkpoint(run)
     assert (found.meta["world_size"], f"zero{found.meta['zero_stage']}") == (ranks, zero)
     choices = {"weight": ["--raw"]}
     for length in found.meta["ema_images"]:
@@ -206,7 +170,7 @@ def test_an_unconditional_model_with_an_autoencoder(unconditional, convert, draw
     expected = draw(unconditional, tmp_path / "samples")
     np.testing.assert_array_equal(np.round(255 * images).astype(np.uint8), expected)
     told = "\n".join(file.read_text() for file in (tmp_path / "pipeline").rglob("*") if file.suffix in (".json", ".md"))
-    spec = newest(unconditional).meta["codec"]
+    spec = runs.newest_checkpoint(unconditional).meta["codec"]
     assert spec["location"] not in told and spec["weights"] in told
 
 
@@ -220,7 +184,7 @@ def test_the_model_card(trained, shades, convert, call, draw, tmp_path):
     card = ModelCard.load(tmp_path / "pipeline/README.md")
     assert (card.data.license, card.data.library_name) == ("apache-2.0", "diffusers")
     assert {"diffussm", "class-conditional-image-generation"} <= set(card.data.tags)
-    parameters = sum(tensor.numel() for tensor in newest(run).tensors("weight").values())
+    parameters = sum(tensor.numel() for tensor in runs.newest_checkpoint(run).tensors("weight").values())
     report = json.loads((run / "scores.json").read_text())
     row, fid = report["rows"][-1], f"FID ({report['extractor']})"
     for text in (
@@ -258,15 +222,15 @@ def test_a_card_has_no_scores_of_another_model(trained, convert, draw, tmp_path,
     convert(run, "--out", tmp_path / "other")
     monkeypatch.chdir(tmp_path)
     shutil.move(run / "checkpoints", tmp_path / "checkpoints")
-    report["samples"]["manifest"] = newest(tmp_path).digest
+    report["samples"]["manifest"] = runs.newest_checkpoint(tmp_path).digest
     (tmp_path / "scores.json").write_text(json.dumps(report))  # of the current folder, which was not named
-    convert("checkpoints/" + newest(tmp_path).name, "--out", tmp_path / "bare")
+    convert("checkpoints/" + runs.newest_checkpoint(tmp_path).name, "--out", tmp_path / "bare")
     for name in ("other", "bare"):
         assert "## Scores" not in (tmp_path / name / "README.md").read_text(), name
 
 
 def test_a_license_and_names_that_are_markup_in_a_card(trained, unconditional, convert, tmp_path, monkeypatch):
-    record = newest(trained).meta
+    record = runs.newest_checkpoint(trained).meta
     card = model_card({**record, "class_names": ["a|b", "<i>c", "d\n# e"]}, "some", "", "cc-by-4.0")
     assert r"Classes: a\|b, \<i\>c, d \# e." in card
     macs = sum(forward_macs(ModelConfig("custom", 16, 2, 2, 4), 4, 64).values())
@@ -285,7 +249,7 @@ def test_training_begins_with_what_was_converted(trained, shades, convert, tmp_p
         read = weights_from(f"{tmp_path}/{place}")
         assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
     first = {}
-    for number, place in enumerate(["null", newest(trained), tmp_path / "pipeline"]):
+    for number, place in enumerate(["null", runs.newest_checkpoint(trained), tmp_path / "pipeline"]):
         keys = {"train__init_from": place, "train__total_images": 8, "train__decay_images": 0}
         done = runs.run(runs.command("python", 1, runs.arguments(shades, tmp_path / f"run{number}", **keys)))
         assert done.returncode == 0, done.stderr
@@ -346,215 +310,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     peaks = in_fresh_process(peaks_of_conversions, tmp_path)
     assert max(peaks) < 0.75 * weights, peaks  # far below the twice that was allowed
     assert sha256_of(tmp_path / "big-out.safetensors") == sha256_of(tmp_path / "big-out" / WEIGHTS)
-    found = newest(tmp_path / "big").tensors("ema-40")
+    found = runs.newest_checkpoint(tmp_path / "big").tensors("ema-40")
     assert all(torch.equal(tensor, found[name]) for name, tensor in load_file(tmp_path / "big-out.safetensors").items())
-
-
-def foreign(folder: Path) -> dict[str, tuple[Path, str]]:
-    """What people have, and what they are told."""
-    from diffusers import DiTTransformer2DModel, UNet2DModel
-
-    tensor = torch.zeros(2)
-    vit = {"patch_embed.proj.weight": tensor, "blocks.0.attn.qkv.weight": tensor}
-    dit = {**vit, "blocks.0.adaLN_modulation.1.weight": tensor}
-    torch.save(vit, folder / "vit.pt")
-    torch.save(dit, folder / "dit.pt")
-    torch.save(dit, folder / "dit-without-extension")
-    torch.save({"ema": dit}, folder / "legacy.pt", _use_new_zipfile_serialization=False)
-    results = folder / "000-DiT-XL-2"
-    (results / "checkpoints").mkdir(parents=True)
-    (results / "log.txt").write_text("training")
-    torch.save({"model": dit, "opt": [], "args": ModelConfig()}, results / "checkpoints/0400000.pt")
-    encrypted = bytearray((folder / "dit.pt").read_bytes())
-    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the bit that says so, of each entry
-        at = -1
-        while (at := encrypted.find(signature, at + 1)) >= 0:
-            encrypted[at + flags] |= 1
-    (folder / "encrypted.pt").write_bytes(encrypted)
-    typed = {"position_ids": torch.zeros(2, dtype=torch.int64), "scale": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    save_file({**{name: tensor.clone() for name in dit}, **typed}, folder / "typed.safetensors")
-    unets = {
-        "sd": ["down_blocks.0.resnets.0.conv1.weight",
-               "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"],
-        "ldm": ["model.diffusion_model.input_blocks.0.0.weight",
-                "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"],
-    }  # fmt: skip
-    for name, names in unets.items():
-        save_file({key: tensor.clone() for key in reversed(names)}, folder / f"{name}.safetensors")
-    torch.save({"ema": dit, "args": ModelConfig()}, folder / "dit-training.pt")  # an object, which is never unpickled
-    save_file({name: tensor.clone() for name in dit}, folder / "dit.safetensors")
-    torch.save([1], folder / "list.pt")
-    (folder / "text.pt").write_text("no weights")
-    (folder / "text.safetensors").write_text("no weights")
-    save_file({"blocks.0.ssm.log_A_real": tensor}, folder / "ours.safetensors")
-    DiTTransformer2DModel(2, 4, num_layers=1, sample_size=8, num_embeds_ada_norm=3).save_pretrained(folder / "dit")
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    unet = UNet2DModel(8, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4, **blocks)
-    unet.save_pretrained(folder / "unet")
-    steps = folder / "deepspeed/global_step10"
-    steps.mkdir(parents=True)
-    for place in (folder / "deepspeed/zero_to_fp32.py", steps / "mp_rank_00_model_states.pt"):
-        place.write_text("")
-    torch.save({"module": {}, "ds_config": {}, "ds_version": "0.19"}, folder / "mp_rank_00_model_states.pt")
-    for name in ("empty", "bare"):
-        (folder / name).mkdir()
-    bare = folder / "bare"
-    (bare / "latest").write_text("global_step10")
-    return {
-        "DiT": (folder / "dit.pt", "is a DiT or SiT checkpoint, which is another network"),
-        "DiT's training": (folder / "dit-training.pt", "is a DiT or SiT checkpoint"),
-        "DiT's safetensors": (folder / "dit.safetensors", "is a DiT or SiT checkpoint"),
-        "DiT's, of other types": (folder / "typed.safetensors", "is a DiT or SiT checkpoint"),
-        "DiT's, without an extension": (folder / "dit-without-extension", "is a DiT or SiT checkpoint"),
-        "DiT's, before torch 1.6": (folder / "legacy.pt", "is a DiT or SiT checkpoint"),
-        "DiT's results": (results, "is a folder with checkpoints/0400000.pt, a DiT or SiT checkpoint"),
-        "a vision transformer": (folder / "vit.pt", "is a file of another program"),
-        "an encrypted zip": (folder / "encrypted.pt", "is a file of another program"),
-        "Stable Diffusion by diffusers": (folder / "sd.safetensors", "is a UNet of diffusers"),
-        "latent diffusion": (folder / "ldm.safetensors", "is a latent diffusion model with a UNet"),
-        "a file of DiT by diffusers": (folder / "dit/diffusion_pytorch_model.safetensors", "such as DiT"),
-        "a folder of DiT by diffusers": (folder / "dit", "is a DiTTransformer2DModel of diffusers"),
-        "UNet": (folder / "unet", "is a UNet2DModel of diffusers"),
-        "a UNet's file": (folder / "unet/diffusion_pytorch_model.safetensors", "is a UNet"),
-        "DeepSpeed": (folder / "deepspeed", "--safe_serialization"),
-        "DeepSpeed's, without its script": (bare, "a checkpoint of DeepSpeed's own"),
-        "a step of DeepSpeed": (steps, "a checkpoint of DeepSpeed's own"),
-        "a file of DeepSpeed": (folder / "mp_rank_00_model_states.pt", "never unpickled"),
-        "another pickle": (folder / "list.pt", "is a file of another program"),
-        "no pickle": (folder / "text.pt", "is a file of another program"),
-        "no safetensors": (folder / "text.safetensors", "is not a safetensors file"),
-        "converted weights": (folder / "ours.safetensors", "converted already"),
-        "an empty folder": (folder / "empty", "holds no complete checkpoint"),
-        "nothing": (folder / "nowhere", "holds no complete checkpoint"),
-    }
-
-
-def refused(call, line: str, out: Path, *arguments: object) -> None:
-    code, printed, error = call(convert_checkpoint.main, *arguments, "--out", out)
-    assert (code, printed) == (2, ""), error
-    (told,) = error.splitlines()
-    assert told.startswith("error: ") and line in told
-    assert not out.exists() and not list(out.parent.glob(f".{out.name}*"))
-
-
-@pytest.mark.parametrize("suffix", ["", ".safetensors"])
-def test_what_is_foreign_is_named_and_nothing_is_written(suffix, call, tmp_path):
-    (tmp_path / "there").mkdir()
-    for source, line in foreign(tmp_path / "there").values():
-        refused(call, line, tmp_path / f"out{suffix}", source)
-
-
-def test_what_is_torn_or_does_not_fit_is_refused(trained, call, tmp_path):
-    run, out = tmp_path / "run", tmp_path / "out"
-    shutil.copytree(trained, run)
-    name = newest(run).name
-    place = run / "checkpoints" / name
-    refused(call, "has no weights ema-7, but weight, exp_avg", out, run, "--ema-images", 7)
-    refused(call, "has no weights ema-0, but weight, exp_avg", out, run, "--ema-images", 0)
-    refused(call, "not allowed with", out, run, "--ema-images", 7, "--raw")
-    scores = {"samples": {"manifest": newest(run).digest, "weights": "EMA of 40 images"}}
-    scores["samples"]["weights"] = f"EMA of {newest(run).meta['ema_images'][0]:,.0f} images"
-    for damaged in ({"rows": []}, {**scores, "extractor": "x", "rows": []}, {**scores, "rows": [{"name": "x"}]}):
-        (run / "scores.json").write_text(json.dumps(damaged))
-        refused(call, "scores.json is damaged", out, run)
-    (run / "scores.json").unlink()
-    code, _, error = call(convert_checkpoint.main, run, "--out", "s3://bucket")
-    assert code == 2 and "s3://bucket is a bucket" in error
-    config = (run / "config.yaml").read_text()
-    for damage in ("train: [", "- 1", "train: 3"):
-        (run / "config.yaml").write_text(damage)
-        refused(call, "config.yaml is damaged", out, run)
-    (run / "config.yaml").write_text(config)
-
-    (piece,) = place.glob("rank-00000*.safetensors")
-    content = piece.read_bytes()
-    piece.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    refused(call, "is torn", out, place)
-    piece.write_bytes(content[:-1])
-    refused(call, "is torn", out, place)
-    piece.write_bytes(content)
-    manifest = (place / "manifest.json").read_text()
-    meta, table = json.loads((place / "meta.json").read_text()), json.loads(manifest)
-
-    def refused_with(line: str, **changed: object) -> None:
-        told = {key: value for key, value in {**meta, **changed}.items() if value is not None}
-        (place / "meta.json").write_text(json.dumps(told))
-        size, digest = (place / "meta.json").stat().st_size, sha256_of(place / "meta.json")
-        table["files"]["meta.json"] = {"size": size, "sha256": digest}
-        (place / "manifest.json").write_text(json.dumps(table))
-        refused(call, line, out, place)
-
-    config = meta["config"]
-    refused_with("do not fit the model of its meta.json", config={**config, "model": {**config["model"], "width": 32}})
-    refused_with("is not a checkpoint of diffussm: meta.json: 'images'", images=None)
-    for key in ("config", "codec", "ema_images", "class_names"):
-        refused_with(f"meta.json has no {key}", **{key: None})
-    refused_with("has no averages: say --raw", ema_images=[])
-    refused_with("the config of its meta.json is damaged", config={**config, "model": 5})
-    refused_with("sampler 'euler' is none of", config={**config, "sample": {**config["sample"], "sampler": "euler"}})
-    refused_with("unknown codec", codec={"name": "jpeg"})
-    (place / "manifest.json").unlink()
-    refused(call, "not a complete checkpoint", out, place)
-
-
-def test_what_is_there_is_not_written_over(trained, call, tmp_path):
-    for name in ("there.safetensors", "there"):
-        (tmp_path / name).write_text("mine")
-        code, _, error = call(convert_checkpoint.main, trained, "--out", tmp_path / name)
-        assert code == 2 and "exists: remove it" in error and (tmp_path / name).read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["made.safetensors", "made"])
-def test_what_is_made_meanwhile_is_not_written_over(name, trained, call, tmp_path, monkeypatch):
-    written, out = convert_module.write_weights, tmp_path / name
-
-    def slow(found: checkpoint.Checkpoint, kind: str, path: Path) -> None:
-        written(found, kind, path)
-        if name == "made":
-            out.mkdir()
-        (out / "mine" if name == "made" else out).write_text("mine")
-
-    for module in (convert_module, convert_checkpoint):
-        monkeypatch.setattr(module, "write_weights", slow)
-    code, _, error = call(convert_checkpoint.main, trained, "--out", out)
-    assert code == 2 and error == f"error: {out} has been made by somebody else meanwhile: choose another --out\n"
-    assert os.listdir(tmp_path) == [name]
-    assert os.listdir(out) == ["mine"] if name == "made" else out.read_text() == "mine"
-
-
-def test_a_slash_after_a_file_name_is_no_folder(trained, convert, tmp_path):
-    assert convert(trained, "--out", f"{tmp_path}/w.safetensors/")["format"] == "safetensors"
-    assert (tmp_path / "w.safetensors").is_file()
-
-
-@pytest.mark.parametrize("name", ["out.safetensors", "out"])
-def test_a_conversion_that_is_terminated_leaves_nothing(name, trained, tmp_path):
-    code = f"""
-import os, signal, sys
-from diffussm import convert
-from diffussm.commands import convert_checkpoint
-convert.write = lambda *a: os.kill(os.getpid(), signal.SIGTERM)
-sys.argv = ["convert_checkpoint.py", {str(trained)!r}, "--out", {name!r}]
-convert_checkpoint.main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, os.listdir(tmp_path)) == (143, []), done.stderr
-
-
-def test_a_conversion_that_fails_leaves_nothing(trained, unconditional, call, tmp_path, monkeypatch):
-    missing = call(
-        convert_checkpoint.main, unconditional, "--autoencoder", tmp_path / "none", "--out", tmp_path / "out"
-    )
-    assert missing[0] == 2 and "neither a folder nor to be had" in missing[2] and not (tmp_path / "out").exists()
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("diffussm.convert.write", full)
-    for name in ("out", "out.safetensors"):
-        code, _, error = call(convert_checkpoint.main, trained, "--out", tmp_path / name)
-        assert code == 2 and error == f"error: {tmp_path / name}: No space left on device\n"
-    assert os.listdir(tmp_path) == []
 
 
 def test_the_door_and_the_newest_run(trained, tmp_path):
@@ -564,7 +321,7 @@ def test_the_door_and_the_newest_run(trained, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("w.safetensors: ") and "EMA of" in done.stdout
-    assert len(load_file(tmp_path / "w.safetensors")) == len(newest(trained).manifest["shapes"])
+    assert len(load_file(tmp_path / "w.safetensors")) == len(runs.newest_checkpoint(trained).manifest["shapes"])
 
 
 def test_a_pipeline_needs_diffusers_and_a_file_does_not(trained, tmp_path):
