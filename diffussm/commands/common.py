@@ -27,6 +27,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def add_source_argument(self) -> None:
+        """Where weights come from: what ``sample_request.find_checkpoint`` takes."""
+        text = "a run's folder, a checkpoint, or checkpoints in S3 (default: newest in runs/)"
+        self.add_argument("source", nargs="?", help=text)
+
     def add_json_option(self) -> None:
         self.add_argument("--json", metavar="FILE", help="also write the figures as JSON to FILE ('-': to stdout)")
 

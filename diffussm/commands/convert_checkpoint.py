@@ -70,9 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         "loads: network, scheduler, autoencoder, model card. Training takes the weights back by train.init_from.",
         EXAMPLES,
     )
-    parser.add_argument(
-        "source", nargs="?", help="a run's folder, a checkpoint, or checkpoints in S3 (default: newest in runs/)"
-    )
+    parser.add_source_argument()
     parser.add_argument("--out", required=True, metavar="OUT", help="NAME.safetensors or a folder, here or in s3://")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--raw", action="store_true", help="the weights as trained, not an average of them")

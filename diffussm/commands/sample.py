@@ -94,9 +94,7 @@ def parse_arguments() -> argparse.Namespace:
         "grid.png, a row a class. What was interrupted is run again, by as many as you like, and goes on.",
         EXAMPLES,
     )
-    parser.add_argument(
-        "source", nargs="?", help="a run's folder, a checkpoint, or checkpoints in S3 (default: newest in runs/)"
-    )
+    parser.add_source_argument()
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the files (default: RUN/samples)")
     parser.add_argument("--count", type=int, default=1000, metavar="N", help="images (default: %(default)s)")
     parser.add_argument(

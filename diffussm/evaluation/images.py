@@ -85,18 +85,18 @@ def random_subset(count: int, limit: int) -> np.ndarray:
 
 
 class Subset:
-    """Some of a set's images, in the order of ``numbers``."""
+    """Some of the images of a set, ``whole``, in the order of ``numbers``."""
 
     def __init__(self, images: ImageSet, numbers: np.ndarray) -> None:
         self.name, self.identity = images.name, f"{images.identity} {_digest(numbers.tobytes())}"
         self.check = images.check
-        self._images, self._numbers = images, numbers
+        self.whole, self._numbers = images, numbers
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def read(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-        return self._images.read(self._numbers[np.asarray(numbers)])
+        return self.whole.read(self._numbers[np.asarray(numbers)])
 
 
 class NpzImages:

@@ -172,8 +172,8 @@ class Scoring:
         if self._real is not None:
             _require(REFERENCE, len(self._real), FEWEST)
             every[REFERENCE] = self._real
-        folders = [i for i in every.values() if isinstance(i._images if isinstance(i, Subset) else i, FolderImages)]
-        if self._size is not None and not folders:
+        whole = [images.whole if isinstance(images, Subset) else images for images in every.values()]
+        if self._size is not None and not any(isinstance(images, FolderImages) for images in whole):
             raise UserError(f"--size {self._size} is for folders of image files, of which there is none here")
         for images in every.values():
             images.check()
